@@ -1,0 +1,168 @@
+#include <torch/csrc/autograd/python_variable.h>
+#include <torch/csrc/utils/pybind.h>
+#include <torch/version.h>
+
+#include <ATen/core/LegacyTypeDispatch.h>
+
+#include <vector>
+
+#include "../cpu/kernels.h"
+#include "ops.h"
+
+/// The fast path from a Python list to an operator: no Python object per gradient, and no message either.
+/// Whatever is not the plain case is left, untouched, to the general path in Python, which serves it or
+/// says by name what is wrong.
+
+namespace py = pybind11;
+
+namespace gradkern::bindings {
+namespace {
+
+/// Pointers seen so far, by open addressing: a tied parameter must be counted and scaled once.
+class SeenPointers {
+ public:
+  explicit SeenPointers(size_t most) {
+    size_t size = 16;
+    while (size < 2 * most) size *= 2;
+    slots_.resize(size, nullptr);
+  }
+
+  /// True the first time.
+  bool insert(const void* pointer) {
+    const size_t mask = slots_.size() - 1;
+    // Tensors are allocated at multiples of 16; the multiplication spreads what is left.
+    size_t slot = (reinterpret_cast<uintptr_t>(pointer) >> 4) * 0x9e3779b97f4a7c15u >> 20 & mask;
+    while (slots_[slot] != nullptr) {
+      if (slots_[slot] == pointer) return false;
+      slot = (slot + 1) & mask;
+    }
+    slots_[slot] = pointer;
+    return true;
+  }
+
+ private:
+  std::vector<const void*> slots_;
+};
+
+/// A plain dense CPU tensor, without any wrapper, mode bit or lazy view between us and its memory.
+bool is_plain(const at::Tensor& grad) {
+  constexpr c10::DispatchKeySet kHarmless =
+      c10::autograd_dispatch_keyset_with_ADInplaceOrView | c10::autocast_dispatch_keyset;
+  if ((grad.key_set() - kHarmless) != c10::DispatchKeySet(c10::DispatchKey::CPU)) return false;
+  switch (grad.scalar_type()) {
+    case at::kFloat:
+    case at::kDouble:
+    case at::kBFloat16:
+    case at::kHalf: return grad.is_non_overlapping_and_dense();
+    default: return false;
+  }
+}
+
+/// The tensor in a list item: the item, or the second of a (name, tensor) pair. Null for anything else.
+PyObject* tensor_of(PyObject* item) {
+  if (PyTuple_CheckExact(item) && PyTuple_GET_SIZE(item) == 2 && PyUnicode_Check(PyTuple_GET_ITEM(item, 0))) {
+    item = PyTuple_GET_ITEM(item, 1);
+  }
+  return THPVariable_CheckExact(item) ? item : nullptr;
+}
+
+/// The gradients behind a list. They are owned: another thread may set `.grad` to None meanwhile.
+struct Walked {
+  std::vector<at::Tensor> grads;
+  std::vector<int64_t> present;  // the item each gradient came from
+  int64_t numel = 0;
+
+  /// False, at the first item that is not the plain case.
+  bool walk(const py::list& items, bool items_are_grads) {
+    const size_t count = items.size();
+    grads.reserve(count);
+    present.reserve(count);
+    SeenPointers seen(count);
+    for (size_t i = 0; i < count; ++i) {
+      PyObject* const tensor = tensor_of(PyList_GET_ITEM(items.ptr(), static_cast<Py_ssize_t>(i)));
+      if (tensor == nullptr) return false;
+      const at::Tensor& variable = THPVariable_Unpack(tensor);
+      const at::Tensor& grad = items_are_grads ? variable : variable.grad();
+      if (!grad.defined()) continue;
+      if (!is_plain(grad)) return false;
+      if (!seen.insert(grad.unsafeGetTensorImpl())) continue;
+      numel += grad.numel();
+      grads.push_back(grad);
+      present.push_back(static_cast<int64_t>(i));
+    }
+    return true;
+  }
+
+  /// Indices of the items that gave a row, or None where all of them did.
+  py::object present_or_none(const py::list& items) const {
+    if (present.size() == items.size()) return py::none();
+    return py::cast(present);
+  }
+};
+
+/// Calls `op` below autograd, and without the interpreter's lock where that is worth its price.
+template <class Op>
+auto call(int64_t numel, const Op& op) {
+  constexpr int64_t kHoldLockNumel = int64_t{1} << 15;
+  at::AutoDispatchBelowADInplaceOrView below_autograd;
+  if (numel <= kHoldLockNumel) return op();
+  py::gil_scoped_release unlocked;
+  return op();
+}
+
+py::object measure_items(const py::list& items, bool items_are_grads) {
+  Walked walked;
+  if (!walked.walk(items, items_are_grads)) return py::none();
+  auto [rows, total] = call(walked.numel, [&] { return measure(walked.grads); });
+  return py::make_tuple(std::move(rows), std::move(total), walked.present_or_none(items));
+}
+
+py::object clip_items_(const py::list& items, double max_norm, const std::optional<at::Tensor>& limit, double eps,
+                       double clip_value, const std::string& nonfinite, bool items_are_grads) {
+  Walked walked;
+  if (!walked.walk(items, items_are_grads)) return py::none();
+  auto [rows, total, coef] = call(
+      walked.numel, [&] { return clip_(walked.grads, max_norm, limit, eps, clip_value, nonfinite); });
+  return py::make_tuple(std::move(rows), std::move(total), std::move(coef), walked.present_or_none(items));
+}
+
+double measure_norm_only(const py::list& items) {
+  Walked walked;
+  if (!walked.walk(items, false)) throw py::value_error("measure_norm_only: only plain CPU gradients");
+  const double sum_sq = call(walked.numel, [&] { return measure_sum_sq(walked.grads); });
+  return std::sqrt(sum_sq);
+}
+
+std::vector<std::string> isas() {
+  const cpu::Kernels* sets[cpu::kMaxSets];
+  const int count = cpu::available(sets);
+  std::vector<std::string> names;
+  for (int i = 0; i < count; ++i) names.emplace_back(sets[i]->isa);
+  return names;
+}
+
+void set_isa(const std::string& isa) {
+  if (!cpu::select(isa.c_str())) {
+    std::string names;
+    for (const std::string& name : isas()) names += (names.empty() ? "" : ", ") + name;
+    throw py::value_error("set_isa: '" + isa + "' is not available here; this build and machine offer " + names);
+  }
+}
+
+}  // namespace
+}  // namespace gradkern::bindings
+
+PYBIND11_MODULE(_C, module) {
+  using namespace gradkern::bindings;
+  module.def("measure", measure_items, py::arg("items"), py::arg("items_are_grads") = false);
+  module.def("clip_", clip_items_, py::arg("items"), py::arg("max_norm"), py::arg("limit"), py::arg("eps"),
+             py::arg("clip_value"), py::arg("nonfinite"), py::arg("items_are_grads") = false);
+  module.def("isa", [] { return std::string(gradkern::cpu::kernels().isa); });
+  module.def("isas", isas);
+  module.def("set_isa", set_isa, py::arg("isa"));
+  module.def("isa_problem", [] { return gradkern::cpu::selection_problem(); });
+  module.def("measure_norm_only", measure_norm_only, py::arg("items"));
+  module.def("read_pass", read_pass, py::arg("tensor"));
+  module.attr("torch_version") =
+      std::to_string(TORCH_VERSION_MAJOR) + "." + std::to_string(TORCH_VERSION_MINOR);
+}

@@ -1,0 +1,281 @@
+#include "ops.h"
+
+#include <ATen/Parallel.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/scalar_tensor.h>
+#include <torch/library.h>
+
+#include <atomic>
+#include <vector>
+
+#include "../core/clip.h"
+#include "../core/plan.h"
+#include "../cpu/kernels.h"
+
+namespace gradkern::bindings {
+namespace {
+
+DType dtype_of(const at::Tensor& grad) {
+  switch (grad.scalar_type()) {
+    case at::kFloat: return DType::kFloat32;
+    case at::kDouble: return DType::kFloat64;
+    case at::kBFloat16: return DType::kBFloat16;
+    case at::kHalf: return DType::kFloat16;
+    default: TORCH_CHECK(false, "gradkern: a gradient of dtype ", grad.scalar_type(), " has no kernel; ",
+                         "use gradkern.measure or gradkern.clip_, which serve it otherwise");
+  }
+}
+
+Span describe(const at::Tensor& grad) {
+  TORCH_CHECK(grad.layout() == at::kStrided && grad.is_non_overlapping_and_dense(),
+              "gradkern: a gradient without a dense layout has no kernel; use gradkern.measure or ",
+              "gradkern.clip_, which serve it otherwise");
+  return {const_cast<void*>(grad.const_data_ptr()), grad.numel(), dtype_of(grad)};
+}
+
+/// A list of gradients as the kernels see it.
+struct Work {
+  explicit Work(at::TensorList grads) {
+    spans.reserve(grads.size());
+    first_chunk.reserve(grads.size() + 1);
+    int64_t chunk_total = 0;
+    for (const at::Tensor& grad : grads) {
+      spans.push_back(describe(grad));
+      first_chunk.push_back(chunk_total);
+      chunk_total += chunk_count(spans.back().numel);
+    }
+    first_chunk.push_back(chunk_total);
+    chunks.resize(chunk_total);
+    Chunk* next = chunks.data();
+    for (size_t i = 0; i < spans.size(); ++i) next = plan(static_cast<int32_t>(i), spans[i].numel, next);
+  }
+
+  std::vector<Span> spans;
+  std::vector<Chunk> chunks;
+  std::vector<int64_t> first_chunk;  // of each tensor, and the end
+};
+
+/// Below this many elements waking another thread takes longer than the work.
+constexpr int64_t kSerialNumel = int64_t{1} << 15;
+
+/// Calls `run(begin, end)` for ranges that together cover all chunks, on torch's threads. Ranges are handed
+/// out as threads become free, since chunks differ in size and a core may be busy elsewhere; results do not
+/// depend on it, for every chunk writes to a place of its own.
+template <class Run>
+void for_ranges(const std::vector<Chunk>& chunks, const Run& run) {
+  const int64_t count = static_cast<int64_t>(chunks.size());
+  int64_t numel = 0;
+  for (const Chunk& chunk : chunks) numel += chunk.length;
+  const int64_t threads = at::get_num_threads();
+  if (threads == 1 || count <= 1 || numel <= kSerialNumel) return run(0, count);
+
+  constexpr int64_t kRangesPerThread = 16;  // the last one to finish keeps the others waiting 1/16 at most
+  const int64_t step = std::max<int64_t>(1, count / (threads * kRangesPerThread));
+  std::atomic<int64_t> next{0};
+  at::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+    for (int64_t begin; (begin = next.fetch_add(step, std::memory_order_relaxed)) < count;) {
+      run(begin, std::min(begin + step, count));
+    }
+  });
+}
+
+struct Measured {
+  at::Tensor rows, total;
+  const Stats* row;  // of each tensor, inside `rows`
+  const Stats* sum;  // inside `total`
+};
+
+/// Runs `kernel(begin, end, partials)` over all chunks and folds what it found.
+template <class Kernel>
+Measured measure_with(const Work& work, const Kernel& kernel) {
+  const int64_t tensors = static_cast<int64_t>(work.spans.size());
+  const at::TensorOptions options = at::TensorOptions().dtype(at::kDouble);
+  Measured found{at::empty({tensors, kColumns}, options), at::empty({kColumns}, options), nullptr, nullptr};
+  Stats* const rows = static_cast<Stats*>(found.rows.data_ptr());
+  Stats* const total = static_cast<Stats*>(found.total.data_ptr());
+  std::vector<Stats> partials(work.chunks.size());
+  for_ranges(work.chunks, [&](int64_t begin, int64_t end) { kernel(begin, end, partials.data()); });
+  for (int64_t i = 0; i < tensors; ++i) {
+    const int64_t first = work.first_chunk[i];
+    rows[i] = fold(partials.data() + first, work.first_chunk[i + 1] - first);
+  }
+  *total = fold(rows, tensors);
+  found.row = rows;
+  found.sum = total;
+  return found;
+}
+
+Measured measure_work(const Work& work) {
+  const cpu::Kernels& kernels = cpu::kernels();
+  return measure_with(work, [&](int64_t begin, int64_t end, Stats* partials) {
+    kernels.measure(work.spans.data(), work.chunks.data() + begin, end - begin, partials + begin);
+  });
+}
+
+/// torch's own in-place operators count a write even where it changes nothing; we count those that happened.
+void mark_written(const at::Tensor& grad) {
+  if (!grad.is_inference()) grad.unsafeGetTensorImpl()->bump_version();
+}
+
+/// Writes the tensors that `actions` change, as far as `rows` (may be null) can tell.
+void apply_work(at::TensorList grads, const Work& work, const Stats* rows, std::vector<Action>& actions) {
+  std::vector<Chunk> chunks;
+  std::vector<bool> written(actions.size(), false);
+  // Backwards: the end of the list was read last, and is still in cache.
+  for (size_t i = actions.size(); i-- > 0;) {
+    Stats unknown;
+    unknown.abs_max = unknown.nan_count = unknown.inf_count = INFINITY;
+    if (!changes(actions[i], rows != nullptr ? rows[i] : unknown)) continue;
+    // Where every element is finite the three words mean the same, and this one needs no test.
+    if (rows != nullptr && all_finite(rows[i])) actions[i].nonfinite = NonFinite::kPropagate;
+    written[i] = true;
+    for (int64_t k = work.first_chunk[i + 1]; k-- > work.first_chunk[i];) chunks.push_back(work.chunks[k]);
+  }
+  const cpu::Kernels& kernels = cpu::kernels();
+  for_ranges(chunks, [&](int64_t begin, int64_t end) {
+    kernels.apply(work.spans.data(), chunks.data() + begin, end - begin, actions.data());
+  });
+  for (size_t i = 0; i < actions.size(); ++i) {
+    if (written[i]) mark_written(grads[i]);
+  }
+}
+
+NonFinite parse_nonfinite(std::string_view word) {
+  if (word == "keep") return NonFinite::kKeep;
+  if (word == "zero") return NonFinite::kZero;
+  if (word == "propagate") return NonFinite::kPropagate;
+  TORCH_CHECK(false, "gradkern: nonfinite must be 'keep', 'zero' or 'propagate', got '", std::string(word), "'");
+}
+
+/// One action per tensor; its coefficient is `coef[i * coef_stride]`.
+std::vector<Action> actions_for(const Work& work, const double* coef, int64_t coef_stride, double clip_value,
+                                NonFinite nonfinite) {
+  std::vector<Action> actions(work.spans.size());
+  for (size_t i = 0; i < actions.size(); ++i) {
+    actions[i] = {coef[static_cast<int64_t>(i) * coef_stride], round_to(work.spans[i].dtype, clip_value), nonfinite};
+  }
+  return actions;
+}
+
+std::tuple<at::Tensor, at::Tensor> measure_cpu(at::TensorList grads) {
+  Measured found = measure_work(Work(grads));
+  return {std::move(found.rows), std::move(found.total)};
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> clip_cpu(at::TensorList grads, double max_norm,
+                                                        const std::optional<at::Tensor>& limit, double eps,
+                                                        double clip_value, std::string_view nonfinite_word) {
+  const NonFinite nonfinite = parse_nonfinite(nonfinite_word);
+  if (limit.has_value()) max_norm = limit->item<double>();
+  const Work work(grads);
+  at::Tensor coef_tensor = at::empty({}, at::TensorOptions().dtype(at::kDouble));
+  double& coef = *static_cast<double*>(coef_tensor.data_ptr());
+  coef = 1;
+
+  if (max_norm == INFINITY && (clip_value < INFINITY || nonfinite == NonFinite::kZero)) {
+    const std::vector<Action> actions = actions_for(work, &coef, 0, clip_value, nonfinite);
+    const cpu::Kernels& kernels = cpu::kernels();
+    Measured found = measure_with(work, [&](int64_t begin, int64_t end, Stats* partials) {
+      kernels.clamp(work.spans.data(), work.chunks.data() + begin, end - begin, actions.data(), partials + begin);
+    });
+    for (size_t i = 0; i < actions.size(); ++i) {
+      if (changes(actions[i], found.row[i])) mark_written(grads[i]);
+    }
+    return {std::move(found.rows), std::move(found.total), std::move(coef_tensor)};
+  }
+
+  Measured found = measure_work(work);
+  coef = clip_coef(*found.sum, max_norm, eps, nonfinite);
+  std::vector<Action> actions = actions_for(work, &coef, 0, clip_value, nonfinite);
+  apply_work(grads, work, found.row, actions);
+  return {std::move(found.rows), std::move(found.total), std::move(coef_tensor)};
+}
+
+void apply_cpu(at::TensorList grads, const std::optional<at::Tensor>& rows, const at::Tensor& coef,
+               double clip_value, std::string_view nonfinite) {
+  const int64_t tensors = static_cast<int64_t>(grads.size());
+  TORCH_CHECK(coef.scalar_type() == at::kDouble && (coef.dim() == 0 || coef.numel() == tensors),
+              "gradkern: apply_ needs float64 coefficients, one or one per gradient (", tensors, "), got ",
+              coef.scalar_type(), " ", coef.sizes());
+  TORCH_CHECK(!rows.has_value() || (rows->scalar_type() == at::kDouble && rows->numel() == tensors * kColumns),
+              "gradkern: apply_ needs rows as measure returns them, float64 [", tensors, ", ", kColumns, "]");
+  const Work work(grads);
+  const at::Tensor flat = coef.contiguous();
+  const at::Tensor seen = rows.has_value() ? rows->contiguous() : at::Tensor();
+  std::vector<Action> actions = actions_for(work, flat.const_data_ptr<double>(), coef.dim() == 0 ? 0 : 1,
+                                            clip_value, parse_nonfinite(nonfinite));
+  apply_work(grads, work, seen.defined() ? static_cast<const Stats*>(seen.const_data_ptr()) : nullptr, actions);
+}
+
+}  // namespace
+
+std::tuple<at::Tensor, at::Tensor> measure(at::TensorList grads) {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("gradkern::measure", "")
+                             .typed<std::tuple<at::Tensor, at::Tensor>(at::TensorList)>();
+  return op.call(grads);
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> clip_(at::TensorList grads, double max_norm,
+                                                     const std::optional<at::Tensor>& limit, double eps,
+                                                     double clip_value, std::string_view nonfinite) {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("gradkern::clip_", "")
+                             .typed<std::tuple<at::Tensor, at::Tensor, at::Tensor>(
+                                 at::TensorList, double, const std::optional<at::Tensor>&, double, double,
+                                 std::string_view)>();
+  return op.call(grads, max_norm, limit, eps, clip_value, nonfinite);
+}
+
+double measure_sum_sq(at::TensorList grads) {
+  const Work work(grads);
+  const cpu::Kernels& kernels = cpu::kernels();
+  const Measured found = measure_with(work, [&](int64_t begin, int64_t end, Stats* partials) {
+    kernels.measure_sum_sq(work.spans.data(), work.chunks.data() + begin, end - begin, partials + begin);
+  });
+  return found.sum->sum_sq;
+}
+
+int64_t read_pass(const at::Tensor& tensor) {
+  const uint64_t* const words = static_cast<const uint64_t*>(tensor.const_data_ptr());
+  const int64_t lines = static_cast<int64_t>(tensor.nbytes()) / 64;
+  std::atomic<uint64_t> mixed{0};
+  at::parallel_for(0, lines, 1 << 12, [&](int64_t begin, int64_t end) {
+    uint64_t mix[8] = {};
+    for (int64_t line = begin; line < end; ++line) {
+      __builtin_prefetch(words + 8 * line + 512);
+      for (int i = 0; i < 8; ++i) mix[i] ^= words[8 * line + i];
+    }
+    for (const uint64_t word : mix) mixed ^= word;
+  });
+  return static_cast<int64_t>(mixed.load());
+}
+
+TORCH_LIBRARY(gradkern, library) {
+  // `rows` is float64 [len(grads), 5], one Stats each; `total` [5] is their merge; `coef` is 0-dim float64.
+  // Gradients are dense, on one device, of float32, float64, bfloat16 or float16, each in the list once.
+  library.def("measure(Tensor[] grads) -> (Tensor rows, Tensor total)");
+  // element -> clamp(element * coef, -clip_value, clip_value), with
+  // coef = min(1, max_norm / (norm + eps)) and `limit`, if given, in the place of max_norm.
+  library.def(
+      "clip_(Tensor(a!)[] grads, float max_norm, Tensor? limit, float eps, float clip_value, str nonfinite)"
+      " -> (Tensor rows, Tensor total, Tensor coef)");
+  // The same with coefficients given, one or one per gradient. `rows` spares what does not change.
+  library.def("apply_(Tensor(a!)[] grads, Tensor? rows, Tensor coef, float clip_value, str nonfinite) -> ()");
+}
+
+TORCH_LIBRARY_IMPL(gradkern, CPU, library) {
+  library.impl("measure", measure_cpu);
+  library.impl("clip_", clip_cpu);
+  library.impl("apply_", apply_cpu);
+}
+
+// Nothing here is differentiable: gradients of gradients pass these operators by.
+TORCH_LIBRARY_IMPL(gradkern, Autograd, library) {
+  library.impl("measure", torch::CppFunction::makeFallthrough());
+  library.impl("clip_", torch::CppFunction::makeFallthrough());
+  library.impl("apply_", torch::CppFunction::makeFallthrough());
+}
+
+}  // namespace gradkern::bindings

@@ -1,0 +1,18 @@
+#include "kernels.h"
+
+#include <cstring>
+
+#include "denormals.h"
+#include "lanes_avx2.h"
+
+#define GRADKERN_ISA avx2
+
+namespace gradkern::cpu {
+namespace avx2 {
+#include "kernels.inl"
+}  // namespace avx2
+
+extern const Kernels k_avx2;
+const Kernels k_avx2 = {"avx2", avx2::measure, avx2::apply, avx2::clamp, avx2::measure_sum_sq};
+
+}  // namespace gradkern::cpu

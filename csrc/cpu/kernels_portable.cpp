@@ -1,0 +1,18 @@
+#include "kernels.h"
+
+#include <cstring>
+
+#include "denormals.h"
+#include "lanes_portable.h"
+
+#define GRADKERN_ISA portable
+
+namespace gradkern::cpu {
+namespace portable {
+#include "kernels.inl"
+}  // namespace portable
+
+extern const Kernels k_portable;
+const Kernels k_portable = {"portable", portable::measure, portable::apply, portable::clamp, portable::measure_sum_sq};
+
+}  // namespace gradkern::cpu

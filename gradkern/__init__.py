@@ -1,0 +1,33 @@
+"""Gradients: how big are they, are they sound, and what should be done about it?
+
+>>> model = torch.nn.Linear(2, 1)
+>>> model(torch.ones(4, 2)).sum().backward()
+>>> stats = gradkern.clip_(model.parameters(), 1.0)
+>>> print(f"{stats:.3f}", stats.names)
+6.928 ['parameters[0]', 'parameters[1]']
+"""
+
+from __future__ import annotations
+
+from gradkern._version import __version__
+from gradkern.clip import clip_, clip_grads_, measure, measure_grads
+from gradkern.drop_in import clip_grad_norm_, clip_grad_value_, clip_grads_with_norm_, get_total_norm
+from gradkern.errors import NonFiniteGradientError
+from gradkern.ops import backend
+from gradkern.stats import GradStats, Stats
+
+__all__ = [
+    "GradStats",
+    "NonFiniteGradientError",
+    "Stats",
+    "__version__",
+    "backend",
+    "clip_",
+    "clip_grad_norm_",
+    "clip_grad_value_",
+    "clip_grads_",
+    "clip_grads_with_norm_",
+    "get_total_norm",
+    "measure",
+    "measure_grads",
+]

@@ -1,0 +1,202 @@
+"""The functions of `torch.nn.utils` that clip gradients, with their signatures and torch's arithmetic.
+
+Where torch is right they give its results. Where it is not they are right: sums do not overflow or vanish,
+the norm of half-precision gradients is not rounded to their dtype, empty and sparse gradients work, and what
+is passed twice counts once. `foreach` is accepted and changes nothing: there is one implementation.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from gradkern import ops, reference
+from gradkern.clip import raise_nonfinite
+from gradkern.errors import NonFiniteGradientError
+from gradkern.params import Params, as_items, check, collect, limit_of, norm_limit_of
+from gradkern.stats import GradStats
+
+# torch divides by norm + 1e-6, so that a norm of 0 gives a coefficient.
+_EPS = 1e-6
+_REMEDY = "Pass error_if_nonfinite=False to clip all the same, with torch's arithmetic."
+_FLOAT32_MAX = torch.finfo(torch.float32).max
+
+
+def clip_grad_norm_(
+    parameters: Params,
+    max_norm: float,
+    norm_type: float = 2.0,
+    error_if_nonfinite: bool = False,
+    foreach: bool | None = None,
+) -> Tensor:
+    """`torch.nn.utils.clip_grad_norm_`: scale gradients in place by their joint norm.
+
+    Args:
+        parameters: a tensor or an iterable of them, as torch takes; a module or names with parameters too.
+        max_norm: largest norm allowed; a 0-dim tensor on a device is used without waiting for it. With `inf`
+            nothing is ever written, also where gradients are Inf.
+        norm_type: order of the norm: any number, `inf` and `-inf` too.
+        error_if_nonfinite: raise instead of scaling by a norm that is NaN or Inf. Waits for the device.
+        foreach: has no effect.
+
+    Returns:
+        The norm before clipping, 0-dim: float64 if a gradient is, else float32. On the CPU it is float64 also
+        where float32 would overflow; elsewhere only a wait for the device could tell, and it is Inf.
+
+    Raises:
+        NonFiniteGradientError: a `RuntimeError`, under `error_if_nonfinite`, naming the gradients.
+        ValueError: a limit is negative or NaN.
+        TypeError: a gradient cannot be clipped. In no case has a gradient been written.
+
+    >>> weight = torch.nn.Parameter(torch.zeros(2))
+    >>> weight.grad = torch.tensor([3.0, -4.0])
+    >>> gradkern.clip_grad_norm_(weight, max_norm=10.0)
+    tensor(5.)
+    """
+    function = "clip_grad_norm_"
+    limit, limit_tensor = norm_limit_of(function, max_norm)
+    order = _order(function, norm_type)
+    items = as_items(parameters, function)
+    if order == 2 and not error_if_nonfinite and ops.native is not None and not torch.compiler.is_compiling():
+        found = ops.native.clip_(items, limit, limit_tensor, _EPS, math.inf, "propagate")
+        if found is not None:
+            return _as_torch(reference.norm_of(found[1]), _grads_of(items))
+
+    names, grads = collect(items, function)
+    check(names, grads, function, writes=limit < math.inf or limit_tensor is not None, by_value=False)
+    with torch.no_grad():
+        rows, total = ops.measure(grads)
+        norm = reference.power_norm(grads, total, order)
+        if error_if_nonfinite:
+            _raise_nonfinite(function, GradStats(rows, total, names), norm, order)
+        coef = reference.coefficient(norm, limit, limit_tensor, _EPS)
+        ops.apply_(grads, rows, coef, math.inf, "propagate")
+        return _as_torch(norm, grads)
+
+
+def clip_grad_value_(parameters: Params, clip_value: float, foreach: bool | None = None) -> None:
+    """`torch.nn.utils.clip_grad_value_`: clamp the elements of gradients in place.
+
+    A NaN stays, an Inf becomes the limit. Without any gradients there is nothing to do, and no error.
+
+    Args:
+        parameters: as in `clip_grad_norm_`.
+        clip_value: largest magnitude allowed.
+        foreach: has no effect.
+
+    Raises:
+        ValueError: the limit is negative or NaN.
+        TypeError: a gradient is complex, or cannot be clipped for another reason. Nothing was written.
+
+    >>> weight = torch.nn.Parameter(torch.zeros(3))
+    >>> weight.grad = torch.tensor([0.25, -4.0, float("inf")])
+    >>> gradkern.clip_grad_value_(weight, 0.5)
+    >>> weight.grad
+    tensor([ 0.2500, -0.5000,  0.5000])
+    """
+    function = "clip_grad_value_"
+    limit = limit_of(function, "clip_value", clip_value)
+    items = as_items(parameters, function)
+    fast = ops.native is not None and not torch.compiler.is_compiling()
+    if fast and ops.native.clip_(items, math.inf, None, 0.0, limit, "propagate") is not None:
+        return
+    names, grads = collect(items, function)
+    check(names, grads, function, writes=limit < math.inf, by_value=True)
+    with torch.no_grad():
+        ops.clip_(grads, math.inf, None, 0.0, limit, "propagate")
+
+
+def get_total_norm(
+    tensors: Tensor | Iterable[Tensor],
+    norm_type: float = 2.0,
+    error_if_nonfinite: bool = False,
+    foreach: bool | None = None,
+) -> Tensor:
+    """`torch.nn.utils.get_total_norm`: the norm of all elements of `tensors` together. Never writes.
+
+    Arguments, result and errors as in `clip_grad_norm_`, of the tensors themselves and not their gradients.
+
+    >>> gradkern.get_total_norm([torch.tensor([3.0, -4.0]), torch.tensor([])], float("inf"))
+    tensor(4.)
+    """
+    function = "get_total_norm"
+    order = _order(function, norm_type)
+    names, grads = collect(as_items(tensors, function, of_grads=True), function, of_grads=True)
+    check(names, grads, function, writes=False, by_value=False)
+    with torch.no_grad():
+        rows, total = ops.measure(grads)
+        norm = reference.power_norm(grads, total, order)
+        if error_if_nonfinite:
+            _raise_nonfinite(function, GradStats(rows, total, names), norm, order)
+        return _as_torch(norm, grads)
+
+
+def clip_grads_with_norm_(
+    parameters: Params, max_norm: float, total_norm: Tensor | float, foreach: bool | None = None
+) -> None:
+    """`torch.nn.utils.clip_grads_with_norm_`: scale gradients in place by a norm known already.
+
+    Multiplies by `min(1, max_norm / (total_norm + 1e-6))`, by nothing if the norm is 0 or the limit `inf`.
+
+    Args:
+        parameters, max_norm: as in `clip_grad_norm_`.
+        total_norm: the norm, 0-dim, as `get_total_norm` returns it.
+        foreach: has no effect.
+
+    >>> weight = torch.nn.Parameter(torch.zeros(2))
+    >>> weight.grad = torch.tensor([3.0, -4.0])
+    >>> gradkern.clip_grads_with_norm_(weight, 1.0, torch.tensor(10.0))
+    >>> weight.grad
+    tensor([ 0.3000, -0.4000])
+    """
+    function = "clip_grads_with_norm_"
+    limit, limit_tensor = norm_limit_of(function, max_norm)
+    names, grads = collect(as_items(parameters, function), function)
+    check(names, grads, function, writes=limit < math.inf or limit_tensor is not None, by_value=False)
+    if not grads:
+        return
+    with torch.no_grad():
+        norm = torch.as_tensor(total_norm)
+        device = "cpu" if norm.device.type == "mps" else norm.device
+        norm = norm.to(device=device, dtype=torch.float64)
+        coef = reference.coefficient(norm, limit, limit_tensor, _EPS)
+        ops.apply_(grads, None, coef, math.inf, "propagate")
+
+
+def _order(function: str, norm_type: float) -> float:
+    try:
+        order = float(norm_type)
+    except (TypeError, ValueError):
+        raise TypeError(f"{function}: norm_type must be a number, got {norm_type!r}.") from None
+    if math.isnan(order):
+        raise ValueError(f"{function}: norm_type must not be NaN; the usual ones are 2.0, 1.0, inf.")
+    return order
+
+
+def _grads_of(items: Sequence[object]) -> list[Tensor]:
+    tensors = [item[1] if isinstance(item, tuple) else item for item in items]
+    return [tensor.grad for tensor in tensors if isinstance(tensor, Tensor) and tensor.grad is not None]
+
+
+def _as_torch(norm: Tensor, grads: Sequence[Tensor]) -> Tensor:
+    """The norm in the dtype, and on the device, that torch returns it in."""
+    if not grads:
+        return torch.tensor(0.0)
+    dtype = torch.float32
+    if any(grad.dtype in (torch.float64, torch.complex128) for grad in grads):
+        dtype = torch.float64
+    elif reference.is_readable(norm) and _FLOAT32_MAX < norm.item() < math.inf:
+        return norm
+    return norm.to(grads[0].device, dtype)
+
+
+def _raise_nonfinite(function: str, stats: GradStats, norm: Tensor, order: float) -> None:
+    raise_nonfinite(function, stats, _REMEDY)
+    if not math.isfinite(norm.item()):
+        raise NonFiniteGradientError(
+            f"{function}: the norm of order {order} is beyond float64, although all elements are finite; "
+            f"nothing was written.\n{_REMEDY}"
+        )

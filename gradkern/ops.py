@@ -1,0 +1,189 @@
+"""The operations on lists of gradients: each gradient by its kernel if it has one, else by the reference.
+
+Also the one place that loads the extension.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gradkern import params, reference
+
+Measured = tuple[Tensor, Tensor]
+Clipped = tuple[Tensor, Tensor, Tensor]
+
+_KERNEL_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def _load() -> tuple[Any, str]:
+    """The extension, or None and why there is none. Never raises."""
+    again = "install gradkern again with `pip install --no-build-isolation`"
+    try:
+        record = json.loads(Path(__file__).with_name("_build.json").read_text())
+    except (OSError, ValueError):
+        return None, f"its extension has not been built: {again}"
+    if not record.get("extension"):
+        return None, record.get("reason") or f"it was installed without its extension: {again}"
+    built, running = record.get("torch"), ".".join(torch.__version__.split(".")[:2])
+    if built != running:  # before it is loaded, for that alone could crash
+        return None, f"its extension was built for torch {built}, and this is torch {running}: {again}"
+    try:
+        extension = importlib.import_module("gradkern._C")
+    except Exception as error:
+        return None, f"its extension cannot be loaded ({error}): {again}"
+    return extension, ""
+
+
+native, _missing = _load()
+if native is None and "GRADKERN_BUILD=0" not in _missing:
+    warnings.warn(
+        f"gradkern computes with plain PyTorch, which is right but slow, because {_missing}.", stacklevel=2
+    )
+elif native is not None and native.isa_problem() is not None:
+    warnings.warn(f"gradkern: {native.isa_problem()}; using {native.isa()}.", stacklevel=2)
+
+
+def backend() -> str:
+    """What computes gradients on the CPU: `cpu avx512`, `cpu avx2`, `cpu portable`, or `reference` and why.
+
+    >>> gradkern.backend().split()[0] in ("cpu", "reference:")
+    True
+    """
+    return f"reference: {_missing or 'chosen'}" if native is None else f"cpu {native.isa()}"
+
+
+def measure(grads: Sequence[Tensor]) -> Measured:
+    """As `reference.measure`; of gradients on several devices, on the first that is not the CPU."""
+    groups = _groups(grads)
+    if len(groups) == 1:
+        return _measure(*groups[0], grads)
+    home = _home(grads)
+    rows: list[Tensor] = [torch.empty(0)] * len(grads)
+    for has_kernel, indices in groups:
+        part, _ = _measure(has_kernel, indices, [grads[index] for index in indices])
+        for index, row in zip(indices, part.to(home).unbind(), strict=True):
+            rows[index] = row
+    if not rows:
+        return reference.measure([])
+    stacked = torch.stack(rows)
+    return stacked, reference.merge(stacked)
+
+
+def clip_(
+    grads: Sequence[Tensor],
+    max_norm: float,
+    limit: Tensor | None,
+    eps: float,
+    clip_value: float,
+    nonfinite: str,
+) -> Clipped:
+    """As `reference.clip_`. The norm is that of all gradients, wherever they are."""
+    groups = _groups(grads)
+    if len(groups) == 1:
+        if groups[0][0]:
+            clipped: Clipped = torch.ops.gradkern.clip_(grads, max_norm, limit, eps, clip_value, nonfinite)
+            return clipped
+        return reference.clip_(grads, max_norm, limit, eps, clip_value, nonfinite)
+    rows, total = measure(grads)
+    coef = reference.coefficient(reference.norm_of(total, nonfinite), max_norm, limit, eps)
+    apply_(grads, rows, coef, clip_value, nonfinite)
+    return rows, total, coef
+
+
+def apply_(
+    grads: Sequence[Tensor], rows: Tensor | None, coef: Tensor, clip_value: float, nonfinite: str
+) -> None:
+    """As `reference.apply_`."""
+    for has_kernel, indices in _groups(grads):
+        device = _device_of_rows(grads[indices[0]])
+        whole = len(indices) == len(grads)
+        part = grads if whole else [grads[index] for index in indices]
+        part_rows = rows if whole or rows is None else torch.stack([rows[index] for index in indices])
+        part_coef = coef if whole or coef.dim() == 0 else torch.stack([coef[index] for index in indices])
+        part_rows = None if part_rows is None else part_rows.to(device)
+        apply = torch.ops.gradkern.apply_ if has_kernel else reference.apply_
+        apply(part, part_rows, part_coef.to(device), clip_value, nonfinite)
+
+
+def _measure(has_kernel: bool, indices: Sequence[int], grads: Sequence[Tensor]) -> Measured:
+    if has_kernel:
+        measured: Measured = torch.ops.gradkern.measure(grads)
+        return measured
+    return reference.measure(grads)
+
+
+def _groups(grads: Sequence[Tensor]) -> list[tuple[bool, list[int]]]:
+    """Indices of gradients that can be worked on by one call, and whether a kernel can do it."""
+    groups: dict[tuple[bool, torch.device], list[int]] = {}
+    for index, grad in enumerate(grads):
+        groups.setdefault((_has_kernel(grad), grad.device), []).append(index)
+    return [(has_kernel, indices) for (has_kernel, _), indices in groups.items()]
+
+
+def _has_kernel(grad: Tensor) -> bool:
+    return (
+        native is not None
+        and grad.device.type == "cpu"
+        and grad.layout == torch.strided
+        and grad.dtype in _KERNEL_DTYPES
+        and not params.has_gaps(grad)
+        and not grad.is_neg()
+        and _is_known(grad)
+    )
+
+
+def _is_known(grad: Tensor) -> bool:
+    """Whether an operator may be called on it: of tensors with a dispatch of their own, on those of torch."""
+    if torch.compiler.is_compiling() or type(grad).__torch_dispatch__ is Tensor.__torch_dispatch__:
+        return True
+    return type(grad).__name__ in ("FakeTensor", "FunctionalTensor")
+
+
+def _home(grads: Sequence[Tensor]) -> torch.device:
+    """Where rows of gradients on several devices meet: going to the CPU would wait for the others."""
+    devices = [_device_of_rows(grad) for grad in grads]
+    return next((device for device in devices if device.type != "cpu"), torch.device("cpu"))
+
+
+def _device_of_rows(grad: Tensor) -> torch.device:
+    return torch.device("cpu") if grad.device.type == "mps" else grad.device
+
+
+def _fake_measure(grads: list[Tensor]) -> Measured:
+    if not grads:
+        return reference.measure(grads)
+    columns = reference.COLUMNS
+    rows = grads[0].new_empty(len(grads), columns, dtype=torch.float64)
+    return rows, grads[0].new_empty(columns, dtype=torch.float64)
+
+
+def _fake_clip_(
+    grads: list[Tensor],
+    max_norm: float,
+    limit: Tensor | None,
+    eps: float,
+    clip_value: float,
+    nonfinite: str,
+) -> Clipped:
+    rows, total = _fake_measure(grads)
+    return rows, total, total.new_empty(())
+
+
+def _fake_apply_(
+    grads: list[Tensor], rows: Tensor | None, coef: Tensor, clip_value: float, nonfinite: str
+) -> None:
+    return None
+
+
+if native is not None:
+    torch.library.register_fake("gradkern::measure", _fake_measure)
+    torch.library.register_fake("gradkern::clip_", _fake_clip_)
+    torch.library.register_fake("gradkern::apply_", _fake_apply_)

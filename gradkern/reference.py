@@ -1,0 +1,276 @@
+"""The operations of gradkern in plain PyTorch.
+
+Their specification, the oracle of the tests, and the way for every gradient without a kernel: other devices,
+sparse, complex, or with gaps between its elements. Computes in float64 and in slices, never in a float64
+copy of a whole gradient. Speed is not its purpose.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+# sum_sq, abs_max, nan_count, inf_count, zero_count: the members of `Stats` in csrc/core/stats.h.
+COLUMNS = 5
+
+# On a device every slice is a dozen launches; 4 Mi elements are 32 MiB in float64.
+SLICE_NUMEL = 1 << 22
+# On the CPU a slice that stays in cache is faster, and torch adds up less than 32 Ki elements on one thread:
+# the bits of a sum do not depend on the number of threads.
+CPU_SLICE_NUMEL = 1 << 14
+
+
+def is_readable(tensor: Tensor) -> bool:
+    """Whether looking at a value neither waits for a device nor breaks a graph."""
+    return (
+        not torch.compiler.is_compiling()
+        and tensor.device.type == "cpu"
+        # FakeTensors and other wrappers bring their own; a plain tensor has the disabled one.
+        and type(tensor).__torch_dispatch__ is Tensor.__torch_dispatch__
+    )
+
+
+@torch.no_grad()
+def measure(grads: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Statistics of each gradient, float64 `[len(grads), 5]`, and of all together, float64 `[5]`.
+
+    On the gradients' device; on the CPU for mps, which has no float64. Gradients that require grad are fine.
+
+    >>> rows, total = measure([torch.tensor([3.0, -4.0]), torch.tensor([0.0, float("nan")])])
+    >>> rows.tolist()
+    [[25.0, 4.0, 0.0, 0.0, 0.0], [0.0, 0.0, 1.0, 0.0, 1.0]]
+    >>> total.tolist()
+    [25.0, 4.0, 1.0, 0.0, 1.0]
+    """
+    if not grads:
+        return torch.zeros(0, COLUMNS, dtype=torch.float64), torch.zeros(COLUMNS, dtype=torch.float64)
+    rows = torch.stack([_row(stored_values(grad)) for grad in grads])
+    return rows, merge(rows)
+
+
+def merge(rows: Tensor) -> Tensor:
+    """The statistics of several disjoint sets together: `[n, 5]` (n at least 1) to `[5]`."""
+    total = rows.sum(0)
+    total[1] = rows[:, 1].amax()
+    return total
+
+
+@torch.no_grad()
+def clip_(
+    grads: Sequence[Tensor],
+    max_norm: float,
+    limit: Tensor | None,
+    eps: float,
+    clip_value: float,
+    nonfinite: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Measure, decide, apply. Returns rows and total as `measure` does, and the coefficient.
+
+    `limit`, a 0-dim tensor, replaces `max_norm`. No limit is `inf`. `nonfinite`: keep, zero or propagate.
+
+    >>> grad = torch.tensor([3.0, -4.0])
+    >>> rows, total, coef = clip_([grad], 1.0, None, 0.0, math.inf, "keep")
+    >>> coef.item(), grad
+    (0.2, tensor([ 0.6000, -0.8000]))
+    """
+    rows, total = measure(grads)
+    coef = coefficient(norm_of(total, nonfinite), max_norm, limit, eps)
+    apply_(grads, rows, coef, clip_value, nonfinite)
+    return rows, total, coef
+
+
+def norm_of(stats: Tensor, nonfinite: str = "propagate") -> Tensor:
+    """The 2-norm of statistics `[..., 5]`: torch's answer under "propagate", else that of the finite part."""
+    norm = stats[..., 0].sqrt()
+    if nonfinite == "propagate":
+        norm = torch.where(stats[..., 3] > 0, math.inf, norm)
+        norm = torch.where(stats[..., 2] > 0, math.nan, norm)
+    return norm
+
+
+def coefficient(norm: Tensor, max_norm: float, limit: Tensor | None, eps: float) -> Tensor:
+    """`min(1, max_norm / (norm + eps))`; exactly 1 if the norm is 0 or the limit `inf`. NaN stays NaN."""
+    # As a tensor: `number / tensor` is a reciprocal and a product in torch, rounded twice.
+    limit = torch.full_like(norm, max_norm) if limit is None else limit.detach().to(norm.device, norm.dtype)
+    coef = (limit / (norm + eps)).clamp(max=1)
+    return torch.where((norm == 0) | (limit == math.inf), 1.0, coef)
+
+
+@torch.no_grad()
+def apply_(
+    grads: Sequence[Tensor], rows: Tensor | None, coef: Tensor, clip_value: float, nonfinite: str
+) -> None:
+    """Replace every element by `clamp(element * coef, -clip_value, clip_value)`, in place.
+
+    `coef`: float64, 0-dim or one per gradient. `rows`, as measured, tell where nothing would change: there
+    nothing is written. On a device that cannot be asked without waiting, everything is written.
+
+    >>> grad = torch.tensor([3.0, float("nan"), -4.0])
+    >>> apply_([grad], None, torch.tensor(0.5, dtype=torch.float64), 1.75, "zero")
+    >>> grad
+    tensor([ 1.5000,  0.0000, -1.7500])
+    """
+    writes = [True] * len(grads)
+    if is_readable(coef):
+        stats = [[math.inf] * COLUMNS] * len(grads) if rows is None else rows.tolist()
+        factors = coef.expand(len(grads)).tolist()
+        for index, grad in enumerate(grads):
+            writes[index] = _changes(stats[index], factors[index], _rounded(clip_value, grad), nonfinite)
+    for index, grad in enumerate(grads):
+        if writes[index]:
+            _write(grad, coef if coef.dim() == 0 else coef[index], clip_value, nonfinite)
+
+
+@torch.no_grad()
+def power_norm(grads: Sequence[Tensor], total: Tensor, order: float) -> Tensor:
+    """The norm of any order of all elements together: 0-dim float64, torch's answer for NaN and Inf.
+
+    `total` as measured. Order 0 counts the elements that are not zero. Negative orders are dominated by the
+    smallest magnitude, and 0 where an element is. Empty tensors contribute nothing.
+
+    >>> grads = [torch.tensor([3.0, -4.0]), torch.tensor([])]
+    >>> power_norm(grads, measure(grads)[1], 1.0)
+    tensor(7., dtype=torch.float64)
+    """
+    values = [stored_values(grad) for grad in grads]
+    if order == 2:
+        return norm_of(total)
+    if order == 0:
+        return sum(part.numel() for part in values) - total[4]
+    if order == math.inf:
+        norm = torch.where(total[3] > 0, math.inf, total[1])
+    else:
+        pieces = [piece for part in values for piece in _pieces(part)]
+        if not pieces:
+            return torch.zeros_like(total[0])
+        if order > 0:
+            pivot = total[1]
+        else:
+            pivot = torch.stack([_magnitude(piece).amin().to(total.device) for piece in pieces]).amin()
+        if order == -math.inf:
+            norm = pivot
+        else:
+            # Relative to the element that matters most no power overflows or vanishes that should not.
+            pivot = torch.where((pivot > 0) & (pivot < math.inf), pivot, 1.0)
+            sums = [(_magnitude(piece) / pivot).pow(order).sum().to(total.device) for piece in pieces]
+            norm = pivot * torch.stack(sums).sum().pow(1 / order)
+    return torch.where(total[2] > 0, math.nan, norm)
+
+
+def stored_values(grad: Tensor) -> Tensor:
+    """The elements of a gradient as a strided tensor: of a sparse one, its coalesced values."""
+    return grad.coalesce()._values() if grad.layout == torch.sparse_coo else grad
+
+
+def _pieces(tensor: Tensor) -> list[Tensor]:
+    """Views that together cover `tensor`, each of limited size, in any layout. None for an empty tensor."""
+    most = SLICE_NUMEL
+    if tensor.device.type == "cpu" and not torch.compiler.is_compiling():
+        most = CPU_SLICE_NUMEL
+    if tensor.numel() <= most:
+        return [tensor] if tensor.numel() > 0 else []
+    if tensor.is_contiguous():
+        return list(torch.split(tensor.view(-1), most))
+    dim = next(dim for dim, size in enumerate(tensor.shape) if size > 1)
+    step = max(1, most * tensor.shape[dim] // tensor.numel())
+    return [piece for part in torch.split(tensor, step, dim) for piece in _pieces(part)]
+
+
+def _magnitude(piece: Tensor) -> Tensor:
+    """Magnitudes in float64; of a complex element its modulus."""
+    if piece.device.type == "mps":
+        piece = piece.cpu()
+    return piece.to(torch.complex128 if piece.is_complex() else torch.float64).abs()
+
+
+def _row(values: Tensor) -> Tensor:
+    parts = [_part(piece) for piece in _pieces(values)]
+    if parts:
+        return merge(torch.stack(parts))
+    device = "cpu" if values.device.type == "mps" else values.device
+    return torch.zeros(COLUMNS, dtype=torch.float64, device=device)
+
+
+def _part(piece: Tensor) -> Tensor:
+    magnitude = _magnitude(piece)
+    # A complex element is NaN if either part is, else Inf if either part is.
+    nan = piece.isnan().to(magnitude.device)
+    finite = magnitude.masked_fill(~piece.isfinite().to(magnitude.device), 0.0)
+    inf_count = (magnitude == math.inf) & ~nan
+    columns = [finite.square().sum(), finite.amax(), nan.sum(), inf_count.sum(), (magnitude == 0).sum()]
+    return torch.stack([column.to(torch.float64) for column in columns])
+
+
+def _rounded(bound: float, grad: Tensor) -> float:
+    """`bound` as the nearest number of the gradient's dtype, which is what an element can be clamped to."""
+    if grad.dtype in (torch.float64, torch.complex128):
+        return bound
+    dtype = torch.float32 if grad.is_complex() else grad.dtype
+    return torch.tensor(bound, dtype=torch.float32).to(dtype).item()
+
+
+def _changes(stats: list[float], coef: float, bound: float, nonfinite: str) -> bool:
+    """Whether anything changes in a tensor with these statistics: `changes()` of csrc/core/clip.h."""
+    _, abs_max, nan_count, inf_count, _ = stats
+    has_nonfinite = nan_count > 0 or inf_count > 0
+    if nonfinite == "zero" and has_nonfinite:
+        return True
+    propagates = nonfinite == "propagate" and has_nonfinite
+    if coef != 1:
+        return abs_max > 0 or propagates or math.isnan(coef)
+    return not abs_max <= bound or (propagates and inf_count > 0 and bound < math.inf)
+
+
+def _write(grad: Tensor, coef: Tensor, clip_value: float, nonfinite: str) -> None:
+    if grad.layout == torch.sparse_coo:
+        coalesced = grad.coalesce()
+        _write(coalesced._values(), coef, clip_value, nonfinite)
+        if coalesced is grad:
+            torch.autograd.graph.increment_version(grad)  # its values are a tensor of their own
+        else:
+            grad.copy_(coalesced)
+        return
+    # Outside of inference mode torch refuses to write to tensors that were made in it.
+    with torch.inference_mode(grad.is_inference()):
+        for piece in _pieces(grad):
+            piece.copy_(_clipped(piece, coef, clip_value, nonfinite))
+
+
+def _clipped(piece: Tensor, coef: Tensor, clip_value: float, nonfinite: str) -> Tensor:
+    if piece.is_complex():
+        # By parts: as a complex number the coefficient would turn an Inf into NaN.
+        parts = [_scaled(piece.real, coef), _scaled(piece.imag, coef)]
+        new = torch.complex(parts[0], parts[1])
+    else:
+        new = _scaled(piece, coef)
+        if clip_value < math.inf:
+            bound = torch.full((), clip_value, dtype=torch.float32, device=piece.device)
+            if piece.dtype == torch.float64:
+                bound = bound.to(piece.dtype).fill_(clip_value)
+            bound = bound.to(piece.dtype)
+            new = torch.where(new.abs() > bound, torch.copysign(bound, new), new)
+    if nonfinite == "keep":
+        return torch.where(piece.isfinite(), new, piece)
+    if nonfinite == "zero":
+        return torch.where(piece.isfinite(), new, 0)
+    return new
+
+
+def _scaled(piece: Tensor, coef: Tensor) -> Tensor:
+    """The product, in float64 and rounded once for float32 and float64.
+
+    In float32 for half precision, whose rounding hides that, unless the coefficient is no normal float32.
+    """
+    has_float64 = piece.device.type != "mps"
+    if piece.dtype not in (torch.float16, torch.bfloat16):
+        wide = torch.float64 if has_float64 else torch.float32
+        return (piece.to(wide) * coef.to(piece.device, wide)).to(piece.dtype)
+    factor = coef.to(piece.device, torch.float32)
+    product = piece.float() * factor
+    if has_float64:
+        exact = (piece.double() * coef.to(piece.device)).float()
+        product = torch.where(factor < torch.finfo(torch.float32).tiny, exact, product)
+    return product.to(piece.dtype)

@@ -14,12 +14,36 @@ from gradkern.clip import clip_, clip_grads_, measure, measure_grads
 from gradkern.drop_in import clip_grad_norm_, clip_grad_value_, clip_grads_with_norm_, get_total_norm
 from gradkern.errors import NonFiniteGradientError
 from gradkern.ops import backend
+from gradkern.policies import (
+    AGC,
+    AdaGC,
+    BlockRMS,
+    Chain,
+    GlobalNorm,
+    GroupNorm,
+    Percentile,
+    SkipSpike,
+    TensorNorm,
+    Value,
+    ZClip,
+)
 from gradkern.stats import GradStats, Stats
 
 __all__ = [
+    "AGC",
+    "AdaGC",
+    "BlockRMS",
+    "Chain",
+    "GlobalNorm",
     "GradStats",
+    "GroupNorm",
     "NonFiniteGradientError",
+    "Percentile",
+    "SkipSpike",
     "Stats",
+    "TensorNorm",
+    "Value",
+    "ZClip",
     "__version__",
     "backend",
     "clip_",

@@ -21,55 +21,80 @@ inline void prefetch_step(const T* p) {
 inline F64 add_square(F64 sum, F32 x) { return add_exact_square(sum, widen(x)); }
 inline F64 add_square(F64 sum, F64 x) { return add(sum, mul(x, x)); }
 
-inline uint32_t scalar_magnitude(float x) { return float_bits(x) & 0x7fffffffu; }
-inline uint32_t scalar_magnitude(BFloat16 x) { return scalar_magnitude(to_float(x)); }
-inline uint32_t scalar_magnitude(Float16 x) { return scalar_magnitude(to_float(x)); }
-inline uint64_t scalar_magnitude(double x) {
-  uint64_t bits;
-  memcpy(&bits, &x, sizeof bits);
-  return bits & 0x7fffffffffffffffu;
-}
-
-inline double from_magnitude(uint32_t bits) { return bits_float(bits); }
-inline double from_magnitude(uint64_t bits) {
-  double x;
-  memcpy(&x, &bits, sizeof x);
-  return x;
-}
-
-constexpr uint32_t inf_magnitude(uint32_t) { return 0x7f800000u; }
-constexpr uint64_t inf_magnitude(uint64_t) { return 0x7ff0000000000000u; }
-
-/// What the elements of type T are computed with: 16 of them, their magnitudes, one magnitude.
+/// Where element i of a step is summed: the place it has in the `Pair` of its dtype.
+inline int lane(int64_t i, BFloat16) { return static_cast<int>(i % 2 * 16 + i % kSumLanes / 2); }
 template <class T>
-struct Lanes {
-  using Values = decltype(load(static_cast<const T*>(nullptr)));
-  using Bits = decltype(magnitude(Values{}));
-  using Magnitude = decltype(scalar_magnitude(T{}));
-  static constexpr Magnitude kInf = inf_magnitude(Magnitude{});
+inline int lane(int64_t i, T) {
+  return static_cast<int>(i % kSumLanes);
+}
 
-  static Bits no_bits() { return GRADKERN_ISA::no_bits(static_cast<Bits*>(nullptr)); }
-  static Magnitude largest(Bits bits) {
-    Magnitude lanes[16], most = 0;
-    store(lanes, bits);
-    for (const Magnitude lane : lanes) most = lane > most ? lane : most;
-    return most;
+/// The bits of one element without the sign, and what they mean.
+template <class T>
+struct Magnitude;
+template <>
+struct Magnitude<float> {
+  using Bits = uint32_t;
+  static constexpr Bits kInf = 0x7f800000u;
+  static Bits of(float x) { return float_bits(x) & 0x7fffffffu; }
+  static double value(Bits bits) { return bits_float(bits); }
+};
+template <>
+struct Magnitude<double> {
+  using Bits = uint64_t;
+  static constexpr Bits kInf = 0x7ff0000000000000u;
+  static Bits of(double x) {
+    Bits bits;
+    memcpy(&bits, &x, sizeof bits);
+    return bits & 0x7fffffffffffffffu;
   }
-  static double sum(Bits counts) {
-    Magnitude lanes[16], total = 0;
-    store(lanes, counts);
-    for (const Magnitude lane : lanes) total += lane;
-    return static_cast<double>(total);
+  static double value(Bits bits) {
+    double x;
+    memcpy(&x, &bits, sizeof x);
+    return x;
   }
 };
+template <class Half, uint16_t kInfBits>
+struct HalfMagnitude {
+  using Bits = uint16_t;
+  static constexpr Bits kInf = kInfBits;
+  static Bits of(Half x) { return x.bits & 0x7fffu; }
+  static double value(Bits bits) { return to_float(Half{bits}); }
+};
+template <>
+struct Magnitude<BFloat16> : HalfMagnitude<BFloat16, 0x7f80u> {};
+template <>
+struct Magnitude<Float16> : HalfMagnitude<Float16, 0x7c00u> {};
+
+template <class T>
+inline auto largest_lane(Register most) {
+  typename Magnitude<T>::Bits lanes[sizeof(Register) / sizeof(T)], largest = 0;
+  store(lanes, most);
+  for (const auto bits : lanes) largest = bits > largest ? bits : largest;
+  return largest;
+}
+
+template <class T>
+inline double sum_of_lanes(Register counts) {
+  typename Magnitude<T>::Bits lanes[sizeof(Register) / sizeof(T)];
+  store(lanes, counts);
+  uint64_t sum = 0;
+  for (const auto count : lanes) sum += count;
+  return static_cast<double>(sum);
+}
 
 /// The 32 lanes of a chunk's sum of squares.
 struct Sums {
-  F64 even = broadcast(0.0), odd = broadcast(0.0);  // lanes 0 to 15 and 16 to 31
+  F64 first = broadcast(0.0), second = broadcast(0.0);
+
+  template <class Values>
+  void add_squares(const Pair<Values>& x) {
+    first = add_square(first, x.first);
+    second = add_square(second, x.second);
+  }
 
   double fold() const {
     double lanes[16];
-    store(lanes, add(even, odd));
+    store(lanes, add(first, second));
     for (int half = 8; half > 0; half /= 2) {
       for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
     }
@@ -77,29 +102,46 @@ struct Sums {
   }
 };
 
+/// Calls `step` with the address of every 32 elements; the last ones come padded with zeros, from a copy.
+/// Returns how many zeros that were.
+template <class T, class Step>
+inline int64_t for_steps(const T* data, int64_t length, Step step) {
+  int64_t i = 0;
+  for (; i + kSumLanes <= length; i += kSumLanes) {
+    prefetch_step(data + i);
+    step(data + i);
+  }
+  if (i == length) return 0;
+  T rest[kSumLanes];
+  memset(rest, 0, sizeof rest);
+  memcpy(rest, data + i, (length - i) * sizeof(T));
+  step(rest);
+  return kSumLanes - (length - i);
+}
+
 /// Adds a block that holds NaN or Inf: the finite elements to the lanes they belong to, the others to the
 /// counts. Returns the largest finite magnitude.
 template <class T>
 auto measure_nonfinite_block(const T* block, int64_t length, Sums& sums, Stats& stats) {
-  using L = Lanes<T>;
+  using M = Magnitude<T>;
   double lanes[kSumLanes];
-  store(lanes, sums.even);
-  store(lanes + 16, sums.odd);
-  typename L::Magnitude largest = 0;
+  store(lanes, sums.first);
+  store(lanes + 16, sums.second);
+  typename M::Bits largest = 0;
   for (int64_t i = 0; i < length; ++i) {
-    const auto bits = scalar_magnitude(block[i]);
-    if (bits < L::kInf) {
-      const double value = from_magnitude(bits);
-      lanes[i % kSumLanes] += value * value;
+    const auto bits = M::of(block[i]);
+    if (bits < M::kInf) {
+      const double value = M::value(bits);
+      lanes[lane(i, T{})] += value * value;
       if (bits > largest) largest = bits;
-    } else if (bits == L::kInf) {
+    } else if (bits == M::kInf) {
       stats.inf_count += 1;
     } else {
       stats.nan_count += 1;
     }
   }
-  sums.even = load(lanes);
-  sums.odd = load(lanes + 16);
+  sums.first = load(lanes);
+  sums.second = load(lanes + 16);
   return largest;
 }
 
@@ -107,76 +149,72 @@ auto measure_nonfinite_block(const T* block, int64_t length, Sums& sums, Stats& 
 /// is called when a block has been read and may change it.
 template <class T, class AfterBlock>
 inline Stats measure_chunk(T* data, int64_t length, AfterBlock after_block) {
-  using L = Lanes<T>;
+  using M = Magnitude<T>;
   Stats stats;
   Sums sums;
-  typename L::Bits zeros = L::no_bits();
-  typename L::Magnitude abs_max = 0;
+  Register zeros = no_bits();
+  typename M::Bits abs_max = 0;
   int64_t padding = 0;
   for (int64_t begin = 0; begin < length; begin += kBlock) {
     T* const block = data + begin;
     const int64_t count = length - begin < kBlock ? length - begin : kBlock;
     const Sums before = sums;
-    typename L::Bits most = L::no_bits();
-    const auto step = [&](const T* p) {
-      const auto x = load(p), y = load(p + 16);
-      sums.even = add_square(sums.even, x);
-      sums.odd = add_square(sums.odd, y);
-      const auto x_bits = magnitude(x), y_bits = magnitude(y);
-      most = max(most, max(x_bits, y_bits));
-      zeros = count_zeros(count_zeros(zeros, x_bits), y_bits);
-    };
-    int64_t i = 0;
-    for (; i + kSumLanes <= count; i += kSumLanes) {
-      prefetch_step(block + i);
-      step(block + i);
-    }
-    if (i < count) {
-      T rest[kSumLanes];
-      memset(rest, 0, sizeof rest);
-      memcpy(rest, block + i, (count - i) * sizeof(T));
-      step(rest);
-      padding = kSumLanes - (count - i);
-    }
-    auto largest = L::largest(most);
-    const bool nonfinite = largest >= L::kInf;
+    Register most = no_bits();
+    padding += for_steps(block, count, [&](const T* p) {
+      const auto bits = load_bits(p);
+      sums.add_squares(values(bits, T{}));
+      most = max_magnitude(most, magnitude(bits));
+      zeros = count_zeros(zeros, magnitude(bits));
+    });
+    auto largest = largest_lane<T>(most);
+    const bool nonfinite = largest >= M::kInf;
     if (nonfinite) {
       sums = before;
       largest = measure_nonfinite_block(block, count, sums, stats);
     }
     abs_max = largest > abs_max ? largest : abs_max;
-    after_block(block, count, largest, nonfinite);
+    after_block(block, count, M::value(largest), nonfinite);
   }
   stats.sum_sq = sums.fold();
-  stats.abs_max = from_magnitude(abs_max);
-  stats.zero_count = L::sum(zeros) - static_cast<double>(padding);
+  stats.abs_max = M::value(abs_max);
+  stats.zero_count = sum_of_lanes<T>(zeros) - static_cast<double>(padding);
   return stats;
 }
 
 /// The product is taken in double and rounded once for float32 and float64. Halves are multiplied in
-/// float32, which their rounding hides, unless the coefficient is too small to be a normal float32.
+/// float32, which their own rounding hides, unless the coefficient is too small to be a normal float32.
+template <bool kInDouble>
+inline F32 transform(F32 x, double coef, double bound) {
+  const F32 limit = broadcast(static_cast<float>(bound));
+  if constexpr (kInDouble) return clamp(narrow(mul(widen(x), broadcast(coef))), limit);
+  return clamp(mul(x, broadcast(static_cast<float>(coef))), limit);
+}
+template <bool kInDouble>
+inline F64 transform(F64 x, double coef, double bound) {
+  return clamp(mul(x, broadcast(coef)), broadcast(bound));
+}
+
+/// Transforms 32 elements.
 template <class T, bool kInDouble>
-inline auto transform(typename Lanes<T>::Values x, double coef, double bound) {
-  if constexpr (sizeof(T) == 8) {
-    return clamp(mul(x, broadcast(coef)), broadcast(bound));
-  } else {
-    const F32 limit = broadcast(static_cast<float>(bound));
-    if constexpr (kInDouble) return clamp(narrow(mul(widen(x), broadcast(coef))), limit);
-    return clamp(mul(x, broadcast(static_cast<float>(coef))), limit);
-  }
+inline void transform_step(T* p, double coef, double bound) {
+  auto pair = values(load_bits(p), T{});
+  pair.first = transform<kInDouble>(pair.first, coef, bound);
+  pair.second = transform<kInDouble>(pair.second, coef, bound);
+  store_bits(p, bits_of(pair, T{}));
 }
 
 template <class T, bool kInDouble>
 inline void transform_block(T* block, int64_t length, double coef, double bound) {
   int64_t i = 0;
-  for (; i + 16 <= length; i += 16) {
-    store(block + i, transform<T, kInDouble>(load(block + i), coef, bound));
+  for (; i + kSumLanes <= length; i += kSumLanes) {
+    prefetch_step(block + i);
+    transform_step<T, kInDouble>(block + i, coef, bound);
   }
   if (i < length) {
-    T rest[16];
+    T rest[kSumLanes];
     memset(rest, 0, sizeof rest);
     memcpy(rest, block + i, (length - i) * sizeof(T));
-    store(rest, transform<T, kInDouble>(load(rest), coef, bound));
+    transform_step<T, kInDouble>(rest, coef, bound);
     memcpy(block + i, rest, (length - i) * sizeof(T));
   }
 }
@@ -184,15 +222,15 @@ inline void transform_block(T* block, int64_t length, double coef, double bound)
 /// The same where NaN and Inf must not take part: they stay bit for bit, or become +0.
 template <class T, bool kInDouble>
 inline void transform_finite(T* block, int64_t length, double coef, double bound, bool zero) {
-  using L = Lanes<T>;
-  for (int64_t i = 0; i < length; i += 16) {
-    const int64_t count = length - i < 16 ? length - i : 16;
-    T group[16];
+  using M = Magnitude<T>;
+  for (int64_t i = 0; i < length; i += kSumLanes) {
+    const int64_t count = length - i < kSumLanes ? length - i : kSumLanes;
+    T group[kSumLanes];
     memset(group, 0, sizeof group);
     memcpy(group, block + i, count * sizeof(T));
-    store(group, transform<T, kInDouble>(load(group), coef, bound));
+    transform_step<T, kInDouble>(group, coef, bound);
     for (int64_t k = 0; k < count; ++k) {
-      if (scalar_magnitude(block[i + k]) < L::kInf) {
+      if (M::of(block[i + k]) < M::kInf) {
         block[i + k] = group[k];
       } else if (zero) {
         block[i + k] = T{};
@@ -203,16 +241,9 @@ inline void transform_finite(T* block, int64_t length, double coef, double bound
 
 template <class T>
 inline bool has_nonfinite(const T* block, int64_t length) {
-  using L = Lanes<T>;
-  typename L::Bits most = L::no_bits();
-  int64_t i = 0;
-  for (; i + 16 <= length; i += 16) most = max(most, magnitude(load(block + i)));
-  auto largest = L::largest(most);
-  for (; i < length; ++i) {
-    const auto bits = scalar_magnitude(block[i]);
-    if (bits > largest) largest = bits;
-  }
-  return largest >= L::kInf;
+  Register most = no_bits();
+  for_steps(block, length, [&](const T* p) { most = max_magnitude(most, magnitude(load_bits(p))); });
+  return largest_lane<T>(most) >= Magnitude<T>::kInf;
 }
 
 template <class T, bool kInDouble>
@@ -231,8 +262,7 @@ inline void apply_in(T* data, int64_t length, const Action& action) {
 
 template <class T>
 inline void apply_chunk(T* data, int64_t length, const Action& action) {
-  const float coef = static_cast<float>(action.coef);
-  const bool subnormal = coef < 0x1p-126f && action.coef != 0;
+  const bool subnormal = static_cast<float>(action.coef) < 0x1p-126f && action.coef != 0;
   if (sizeof(T) >= 4 || subnormal) {
     apply_in<T, true>(data, length, action);
   } else {
@@ -242,31 +272,18 @@ inline void apply_chunk(T* data, int64_t length, const Action& action) {
 
 template <class T>
 inline Stats clamp_chunk(T* data, int64_t length, const Action& action) {
-  const auto after_block = [&](T* block, int64_t count, auto largest, bool nonfinite) {
+  return measure_chunk(data, length, [&](T* block, int64_t count, double abs_max, bool nonfinite) {
     Stats seen;
-    seen.abs_max = from_magnitude(largest);
+    seen.abs_max = abs_max;
     seen.inf_count = nonfinite;
     if (changes(action, seen)) apply_chunk(block, count, action);
-  };
-  return measure_chunk(data, length, after_block);
+  });
 }
 
 template <class T>
 inline double sum_sq_chunk(const T* data, int64_t length) {
   Sums sums;
-  int64_t i = 0;
-  for (; i + kSumLanes <= length; i += kSumLanes) {
-    prefetch_step(data + i);
-    sums.even = add_square(sums.even, load(data + i));
-    sums.odd = add_square(sums.odd, load(data + i + 16));
-  }
-  if (i < length) {
-    T rest[kSumLanes];
-    memset(rest, 0, sizeof rest);
-    memcpy(rest, data + i, (length - i) * sizeof(T));
-    sums.even = add_square(sums.even, load(rest));
-    sums.odd = add_square(sums.odd, load(rest + 16));
-  }
+  for_steps(data, length, [&](const T* p) { sums.add_squares(values(load_bits(p), T{})); });
   return sums.fold();
 }
 
@@ -285,7 +302,7 @@ void measure(const Span* spans, const Chunk* chunks, int64_t count, Stats* parti
   const DenormalsKept guard;
   for (int64_t i = 0; i < count; ++i) {
     visit(spans[chunks[i].tensor], chunks[i], [&](auto* data, int64_t length) {
-      partials[i] = measure_chunk(data, length, [](auto*, int64_t, auto, bool) {});
+      partials[i] = measure_chunk(data, length, [](auto*, int64_t, double, bool) {});
     });
   }
 }

@@ -4,104 +4,162 @@
 
 #include "../core/half.h"
 
-/// Sixteen lanes on AVX-512 (F, BW, DQ, VL). What each operation means: lanes_portable.h.
+/// The lanes type on AVX-512 (F, BW, DQ, VL). What each operation means: lanes_portable.h.
 
 namespace gradkern::cpu::avx512 {
 namespace {
 
+typedef __m512i Register;
+
+struct U16 {
+  __m512i v[1];
+};
+struct U32 {
+  __m512i v[2];
+};
+struct U64 {
+  __m512i v[4];
+};
 struct F32 {
   __m512 v;
 };
 struct F64 {
-  __m512d lo, hi;
+  __m512d v[2];
 };
-struct U32 {
-  __m512i v;
-};
-struct U64 {
-  __m512i lo, hi;
+template <class Values>
+struct Pair {
+  Values first, second;
 };
 
-inline F32 load(const float* p) { return {_mm512_loadu_ps(p)}; }
-inline F64 load(const double* p) { return {_mm512_loadu_pd(p), _mm512_loadu_pd(p + 8)}; }
-inline F32 load(const BFloat16* p) {
-  const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
-  return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16))};
+template <class Bits>
+inline Bits load_registers(const void* p) {
+  Bits bits;
+  int i = 0;
+  for (__m512i& v : bits.v) v = _mm512_loadu_si512(static_cast<const __m512i*>(p) + i++);
+  return bits;
 }
-inline F32 load(const Float16* p) {
-  return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
+inline U16 load_bits(const BFloat16* p) { return load_registers<U16>(p); }
+inline U16 load_bits(const Float16* p) { return load_registers<U16>(p); }
+inline U32 load_bits(const float* p) { return load_registers<U32>(p); }
+inline U64 load_bits(const double* p) { return load_registers<U64>(p); }
+template <class T, class Bits>
+inline void store_bits(T* p, const Bits& bits) {
+  int i = 0;
+  for (const __m512i& v : bits.v) _mm512_storeu_si512(reinterpret_cast<__m512i*>(p) + i++, v);
 }
 
-inline void store(float* p, F32 x) { _mm512_storeu_ps(p, x.v); }
-inline void store(double* p, F64 x) {
-  _mm512_storeu_pd(p, x.lo);
-  _mm512_storeu_pd(p + 8, x.hi);
+inline Pair<F32> values(U16 bits, BFloat16) {
+  const __m512i high = _mm512_set1_epi32(static_cast<int>(0xffff0000u));
+  return {{_mm512_castsi512_ps(_mm512_slli_epi32(bits.v[0], 16))},
+          {_mm512_castsi512_ps(_mm512_and_si512(bits.v[0], high))}};
 }
-inline void store(BFloat16* p, F32 x) {
-  const __m512i bits = _mm512_castps_si512(x.v);
+inline Pair<F32> values(U16 bits, Float16) {
+  return {{_mm512_cvtph_ps(_mm512_castsi512_si256(bits.v[0]))},
+          {_mm512_cvtph_ps(_mm512_extracti64x4_epi64(bits.v[0], 1))}};
+}
+inline Pair<F32> values(U32 bits, float) {
+  return {{_mm512_castsi512_ps(bits.v[0])}, {_mm512_castsi512_ps(bits.v[1])}};
+}
+inline Pair<F64> values(U64 bits, double) {
+  return {{{_mm512_castsi512_pd(bits.v[0]), _mm512_castsi512_pd(bits.v[1])}},
+          {{_mm512_castsi512_pd(bits.v[2]), _mm512_castsi512_pd(bits.v[3])}}};
+}
+
+inline __m512i round_bfloat16(__m512 x) {
+  const __m512i bits = _mm512_castps_si512(x);
   const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
   const __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
-  const __m512i quiet = _mm512_or_si512(bits, _mm512_set1_epi32(0x400000));
-  const __mmask16 nan = _mm512_cmp_ps_mask(x.v, x.v, _CMP_UNORD_Q);
-  const __m512i high = _mm512_srli_epi32(_mm512_mask_blend_epi32(nan, rounded, quiet), 16);
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(high));
+  const __mmask16 nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
+  return _mm512_mask_or_epi32(rounded, nan, bits, _mm512_set1_epi32(0x400000));
 }
-inline void store(Float16* p, F32 x) {
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(x.v, _MM_FROUND_TO_NEAREST_INT));
+inline U16 bits_of(Pair<F32> pair, BFloat16) {
+  const __m512i even = _mm512_srli_epi32(round_bfloat16(pair.first.v), 16);
+  return {{_mm512_mask_blend_epi16(0xaaaaaaaa, even, round_bfloat16(pair.second.v))}};
 }
-inline void store(uint32_t* p, U32 x) { _mm512_storeu_si512(p, x.v); }
-inline void store(uint64_t* p, U64 x) {
-  _mm512_storeu_si512(p, x.lo);
-  _mm512_storeu_si512(p + 8, x.hi);
+inline U16 bits_of(Pair<F32> pair, Float16) {
+  const __m256i low = _mm512_cvtps_ph(pair.first.v, _MM_FROUND_TO_NEAREST_INT);
+  const __m256i high = _mm512_cvtps_ph(pair.second.v, _MM_FROUND_TO_NEAREST_INT);
+  return {{_mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1)}};
 }
+inline U32 bits_of(Pair<F32> pair, float) {
+  return {{_mm512_castps_si512(pair.first.v), _mm512_castps_si512(pair.second.v)}};
+}
+inline U64 bits_of(Pair<F64> pair, double) {
+  return {{_mm512_castpd_si512(pair.first.v[0]), _mm512_castpd_si512(pair.first.v[1]),
+           _mm512_castpd_si512(pair.second.v[0]), _mm512_castpd_si512(pair.second.v[1])}};
+}
+
+template <class Bits>
+inline Bits clear(Bits x, __m512i mask) {
+  for (__m512i& v : x.v) v = _mm512_and_si512(v, mask);
+  return x;
+}
+inline U16 magnitude(U16 x) { return clear(x, _mm512_set1_epi16(0x7fff)); }
+inline U32 magnitude(U32 x) { return clear(x, _mm512_set1_epi32(0x7fffffff)); }
+inline U64 magnitude(U64 x) { return clear(x, _mm512_set1_epi64(0x7fffffffffffffff)); }
+
+inline Register max_magnitude(Register most, const U16& x) { return _mm512_max_epu16(most, x.v[0]); }
+inline Register max_magnitude(Register most, const U32& x) {
+  return _mm512_max_epu32(most, _mm512_max_epu32(x.v[0], x.v[1]));
+}
+inline Register max_magnitude(Register most, const U64& x) {
+  for (const __m512i& v : x.v) most = _mm512_max_epu64(most, v);
+  return most;
+}
+
+inline Register count_zeros(Register count, const U16& x) {
+  const __mmask32 zero = _mm512_testn_epi16_mask(x.v[0], x.v[0]);
+  return _mm512_mask_add_epi16(count, zero, count, _mm512_set1_epi16(1));
+}
+inline Register count_zeros(Register count, const U32& x) {
+  for (const __m512i& v : x.v) {
+    count = _mm512_mask_add_epi32(count, _mm512_testn_epi32_mask(v, v), count, _mm512_set1_epi32(1));
+  }
+  return count;
+}
+inline Register count_zeros(Register count, const U64& x) {
+  for (const __m512i& v : x.v) {
+    count = _mm512_mask_add_epi64(count, _mm512_testn_epi64_mask(v, v), count, _mm512_set1_epi64(1));
+  }
+  return count;
+}
+inline Register no_bits() { return _mm512_setzero_si512(); }
+inline void store(void* p, Register x) { _mm512_storeu_si512(p, x); }
+
+inline F64 load(const double* p) { return {{_mm512_loadu_pd(p), _mm512_loadu_pd(p + 8)}}; }
+inline void store(double* p, F64 x) {
+  _mm512_storeu_pd(p, x.v[0]);
+  _mm512_storeu_pd(p + 8, x.v[1]);
+}
+inline F32 broadcast(float x) { return {_mm512_set1_ps(x)}; }
+inline F64 broadcast(double x) { return {{_mm512_set1_pd(x), _mm512_set1_pd(x)}}; }
 
 inline F64 widen(F32 x) {
-  return {_mm512_cvtps_pd(_mm512_castps512_ps256(x.v)), _mm512_cvtps_pd(_mm512_extractf32x8_ps(x.v, 1))};
+  return {{_mm512_cvtps_pd(_mm512_castps512_ps256(x.v)), _mm512_cvtps_pd(_mm512_extractf32x8_ps(x.v, 1))}};
 }
 inline F32 narrow(F64 x) {
-  return {_mm512_insertf32x8(_mm512_castps256_ps512(_mm512_cvtpd_ps(x.lo)), _mm512_cvtpd_ps(x.hi), 1)};
+  return {_mm512_insertf32x8(_mm512_castps256_ps512(_mm512_cvtpd_ps(x.v[0])), _mm512_cvtpd_ps(x.v[1]), 1)};
 }
 
-inline F64 add(F64 a, F64 b) { return {_mm512_add_pd(a.lo, b.lo), _mm512_add_pd(a.hi, b.hi)}; }
-inline F64 mul(F64 a, F64 b) { return {_mm512_mul_pd(a.lo, b.lo), _mm512_mul_pd(a.hi, b.hi)}; }
+inline F64 add(F64 a, F64 b) { return {{_mm512_add_pd(a.v[0], b.v[0]), _mm512_add_pd(a.v[1], b.v[1])}}; }
+inline F64 mul(F64 a, F64 b) { return {{_mm512_mul_pd(a.v[0], b.v[0]), _mm512_mul_pd(a.v[1], b.v[1])}}; }
 inline F32 mul(F32 a, F32 b) { return {_mm512_mul_ps(a.v, b.v)}; }
 inline F64 add_exact_square(F64 sum, F64 x) {
-  return {_mm512_fmadd_pd(x.lo, x.lo, sum.lo), _mm512_fmadd_pd(x.hi, x.hi, sum.hi)};
+  return {{_mm512_fmadd_pd(x.v[0], x.v[0], sum.v[0]), _mm512_fmadd_pd(x.v[1], x.v[1], sum.v[1])}};
 }
 
+// min and max return their second operand where one is NaN, so that a NaN passes through both.
 inline F32 clamp(F32 x, F32 bound) {
-  const __m512 below = _mm512_min_ps(bound.v, x.v);
-  return {_mm512_max_ps(_mm512_xor_ps(bound.v, _mm512_set1_ps(-0.0f)), below)};
+  const __m512 least = _mm512_xor_ps(bound.v, _mm512_set1_ps(-0.0f));
+  return {_mm512_max_ps(least, _mm512_min_ps(bound.v, x.v))};
 }
 inline F64 clamp(F64 x, F64 bound) {
-  const __m512d sign = _mm512_set1_pd(-0.0);
-  return {_mm512_max_pd(_mm512_xor_pd(bound.lo, sign), _mm512_min_pd(bound.lo, x.lo)),
-          _mm512_max_pd(_mm512_xor_pd(bound.hi, sign), _mm512_min_pd(bound.hi, x.hi))};
+  for (int i = 0; i < 2; ++i) {
+    const __m512d least = _mm512_xor_pd(bound.v[i], _mm512_set1_pd(-0.0));
+    x.v[i] = _mm512_max_pd(least, _mm512_min_pd(bound.v[i], x.v[i]));
+  }
+  return x;
 }
-
-inline U32 magnitude(F32 x) {
-  return {_mm512_and_si512(_mm512_castps_si512(x.v), _mm512_set1_epi32(0x7fffffff))};
-}
-inline U64 magnitude(F64 x) {
-  const __m512i mask = _mm512_set1_epi64(0x7fffffffffffffff);
-  return {_mm512_and_si512(_mm512_castpd_si512(x.lo), mask), _mm512_and_si512(_mm512_castpd_si512(x.hi), mask)};
-}
-inline U32 max(U32 a, U32 b) { return {_mm512_max_epu32(a.v, b.v)}; }
-inline U64 max(U64 a, U64 b) { return {_mm512_max_epu64(a.lo, b.lo), _mm512_max_epu64(a.hi, b.hi)}; }
-
-inline U32 count_zeros(U32 count, U32 x) {
-  return {_mm512_mask_add_epi32(count.v, _mm512_testn_epi32_mask(x.v, x.v), count.v, _mm512_set1_epi32(1))};
-}
-inline U64 count_zeros(U64 count, U64 x) {
-  const __m512i one = _mm512_set1_epi64(1);
-  return {_mm512_mask_add_epi64(count.lo, _mm512_testn_epi64_mask(x.lo, x.lo), count.lo, one),
-          _mm512_mask_add_epi64(count.hi, _mm512_testn_epi64_mask(x.hi, x.hi), count.hi, one)};
-}
-
-inline F32 broadcast(float x) { return {_mm512_set1_ps(x)}; }
-inline F64 broadcast(double x) { return {_mm512_set1_pd(x), _mm512_set1_pd(x)}; }
-inline U32 no_bits(U32*) { return {_mm512_setzero_si512()}; }
-inline U64 no_bits(U64*) { return {_mm512_setzero_si512(), _mm512_setzero_si512()}; }
 
 }  // namespace
 }  // namespace gradkern::cpu::avx512

@@ -189,7 +189,7 @@ def _clip(
             rows, total, coef = ops.clip_(grads, norm_limit, limit, 0.0, value_limit, nonfinite)
             return GradStats(rows, total, names, coef, value_limit, nonfinite)
         rows, total = ops.measure(grads)
-        coef = reference.coefficient(total[0].sqrt(), norm_limit, limit, 0.0)
+        coef = reference.coefficient(reference.norm_of(total, "keep"), norm_limit, limit, 0.0)
         stats = GradStats(rows, total, names, coef, value_limit, nonfinite)
         raise_nonfinite(function, stats, _RAISE_REMEDY)
         if writes:

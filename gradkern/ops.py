@@ -106,8 +106,12 @@ def apply_(
         device = _device_of_rows(grads[indices[0]])
         whole = len(indices) == len(grads)
         part = grads if whole else [grads[index] for index in indices]
-        part_rows = rows if whole or rows is None else torch.stack([rows[index] for index in indices])
-        part_coef = coef if whole or coef.dim() == 0 else torch.stack([coef[index] for index in indices])
+        part_rows = (
+            rows if whole or rows is None else torch.stack([rows.unbind()[index] for index in indices])
+        )
+        part_coef = (
+            coef if whole or coef.dim() == 0 else torch.stack([coef.unbind()[index] for index in indices])
+        )
         part_rows = None if part_rows is None else part_rows.to(device)
         apply = torch.ops.gradkern.apply_ if has_kernel else reference.apply_
         apply(part, part_rows, part_coef.to(device), clip_value, nonfinite)
@@ -135,15 +139,16 @@ def _has_kernel(grad: Tensor) -> bool:
         and grad.layout == torch.strided
         and grad.dtype in _KERNEL_DTYPES
         and not params.has_gaps(grad)
-        and not grad.is_neg()
         and _is_known(grad)
     )
 
 
 def _is_known(grad: Tensor) -> bool:
-    """Whether an operator may be called on it: of tensors with a dispatch of their own, on those of torch."""
-    if torch.compiler.is_compiling() or type(grad).__torch_dispatch__ is Tensor.__torch_dispatch__:
+    """Whether it is what it seems: no lazily negated view, no wrapper but those of torch's own tracing."""
+    if torch.compiler.is_compiling():
         return True
+    if type(grad).__torch_dispatch__ is Tensor.__torch_dispatch__:
+        return not grad.is_neg()
     return type(grad).__name__ in ("FakeTensor", "FunctionalTensor")
 
 

@@ -53,9 +53,8 @@ def measure(grads: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
 
 def merge(rows: Tensor) -> Tensor:
     """The statistics of several disjoint sets together: `[n, 5]` (n at least 1) to `[5]`."""
-    total = rows.sum(0)
-    total[1] = rows[:, 1].amax()
-    return total
+    sum_sq, _, *counts = rows.sum(0).unbind()
+    return torch.stack([sum_sq, rows.select(1, 1).amax(), *counts])
 
 
 @torch.no_grad()
@@ -84,10 +83,11 @@ def clip_(
 
 def norm_of(stats: Tensor, nonfinite: str = "propagate") -> Tensor:
     """The 2-norm of statistics `[..., 5]`: torch's answer under "propagate", else that of the finite part."""
-    norm = stats[..., 0].sqrt()
+    sum_sq, _, nan_count, inf_count, _ = stats.unbind(-1)
+    norm = sum_sq.sqrt()
     if nonfinite == "propagate":
-        norm = torch.where(stats[..., 3] > 0, math.inf, norm)
-        norm = torch.where(stats[..., 2] > 0, math.nan, norm)
+        norm = torch.where(inf_count > 0, math.inf, norm)
+        norm = torch.where(nan_count > 0, math.nan, norm)
     return norm
 
 
@@ -119,9 +119,9 @@ def apply_(
         factors = coef.expand(len(grads)).tolist()
         for index, grad in enumerate(grads):
             writes[index] = _changes(stats[index], factors[index], _rounded(clip_value, grad), nonfinite)
-    for index, grad in enumerate(grads):
-        if writes[index]:
-            _write(grad, coef if coef.dim() == 0 else coef[index], clip_value, nonfinite)
+    for grad, factor, write in zip(grads, coef.expand(len(grads)).unbind(), writes, strict=True):
+        if write:
+            _write(grad, factor, clip_value, nonfinite)
 
 
 @torch.no_grad()
@@ -136,18 +136,19 @@ def power_norm(grads: Sequence[Tensor], total: Tensor, order: float) -> Tensor:
     tensor(7., dtype=torch.float64)
     """
     values = [stored_values(grad) for grad in grads]
+    _, abs_max, nan_count, inf_count, zero_count = total.unbind()
     if order == 2:
         return norm_of(total)
     if order == 0:
-        return sum(part.numel() for part in values) - total[4]
+        return sum(part.numel() for part in values) - zero_count
     if order == math.inf:
-        norm = torch.where(total[3] > 0, math.inf, total[1])
+        norm = torch.where(inf_count > 0, math.inf, abs_max)
     else:
         pieces = [piece for part in values for piece in _pieces(part)]
         if not pieces:
-            return torch.zeros_like(total[0])
+            return torch.zeros_like(abs_max)
         if order > 0:
-            pivot = total[1]
+            pivot = abs_max
         else:
             pivot = torch.stack([_magnitude(piece).amin().to(total.device) for piece in pieces]).amin()
         if order == -math.inf:
@@ -157,7 +158,7 @@ def power_norm(grads: Sequence[Tensor], total: Tensor, order: float) -> Tensor:
             pivot = torch.where((pivot > 0) & (pivot < math.inf), pivot, 1.0)
             sums = [(_magnitude(piece) / pivot).pow(order).sum().to(total.device) for piece in pieces]
             norm = pivot * torch.stack(sums).sum().pow(1 / order)
-    return torch.where(total[2] > 0, math.nan, norm)
+    return torch.where(nan_count > 0, math.nan, norm)
 
 
 def stored_values(grad: Tensor) -> Tensor:
@@ -198,8 +199,9 @@ def _part(piece: Tensor) -> Tensor:
     magnitude = _magnitude(piece)
     # A complex element is NaN if either part is, else Inf if either part is.
     nan = piece.isnan().to(magnitude.device)
-    finite = magnitude.masked_fill(~piece.isfinite().to(magnitude.device), 0.0)
-    inf_count = (magnitude == math.inf) & ~nan
+    nonfinite = piece.isfinite().logical_not().to(magnitude.device)
+    finite = magnitude.masked_fill(nonfinite, 0.0)
+    inf_count = nonfinite & nan.logical_not()
     columns = [finite.square().sum(), finite.amax(), nan.sum(), inf_count.sum(), (magnitude == 0).sum()]
     return torch.stack([column.to(torch.float64) for column in columns])
 
@@ -232,11 +234,20 @@ def _write(grad: Tensor, coef: Tensor, clip_value: float, nonfinite: str) -> Non
             torch.autograd.graph.increment_version(grad)  # its values are a tensor of their own
         else:
             grad.copy_(coalesced)
-        return
-    # Outside of inference mode torch refuses to write to tensors that were made in it.
-    with torch.inference_mode(grad.is_inference()):
+    elif _is_locked(grad):
+        with torch.inference_mode():
+            _write(grad, coef, clip_value, nonfinite)
+    else:
         for piece in _pieces(grad):
-            piece.copy_(_clipped(piece, coef, clip_value, nonfinite))
+            # Not piece.copy_(), which wants a driver even for the fake tensors of a device.
+            torch.ops.aten.copy_.default(piece, _clipped(piece, coef, clip_value, nonfinite))
+
+
+def _is_locked(grad: Tensor) -> bool:
+    """Whether it was made in inference mode, outside of which torch refuses to write to it."""
+    if torch.compiler.is_compiling():
+        return False
+    return grad.is_inference() and not torch.is_inference_mode_enabled()
 
 
 def _clipped(piece: Tensor, coef: Tensor, clip_value: float, nonfinite: str) -> Tensor:

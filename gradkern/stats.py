@@ -48,27 +48,27 @@ class Stats:
     @property
     def sum_sq(self) -> Tensor:
         """Sum of the squares of the finite elements."""
-        return self.data[..., 0]
+        return self.data.select(-1, 0)
 
     @property
     def abs_max(self) -> Tensor:
         """Largest magnitude of the finite elements."""
-        return self.data[..., 1]
+        return self.data.select(-1, 1)
 
     @property
     def nan_count(self) -> Tensor:
         """How many elements are NaN."""
-        return self.data[..., 2]
+        return self.data.select(-1, 2)
 
     @property
     def inf_count(self) -> Tensor:
         """How many elements are +Inf or -Inf."""
-        return self.data[..., 3]
+        return self.data.select(-1, 3)
 
     @property
     def zero_count(self) -> Tensor:
         """How many elements are zero; of a sparse gradient, of those that it stores."""
-        return self.data[..., 4]
+        return self.data.select(-1, 4)
 
     @property
     def norm(self) -> Tensor:
@@ -87,17 +87,14 @@ class Stats:
 
     def merge(self, other: Stats) -> Stats:
         """The statistics of both sets of elements together. Associative, up to the rounding of sum_sq."""
-        merged = self.data + other.data
-        merged[..., 1] = torch.maximum(self.abs_max, other.abs_max)
-        return Stats(merged)
+        sum_sq, _, *counts = (self.data + other.data).unbind(-1)
+        return Stats(torch.stack([sum_sq, torch.maximum(self.abs_max, other.abs_max), *counts], -1))
 
     def scaled(self, factor: float | Tensor) -> Stats:
         """What the statistics are once every element has been multiplied by `factor`, finite and not 0."""
         factor = torch.as_tensor(factor, dtype=torch.float64, device=self.data.device)
-        scaled = self.data.clone()
-        scaled[..., 0] *= factor.square()
-        scaled[..., 1] *= factor.abs()
-        return Stats(scaled)
+        one = torch.ones_like(factor)
+        return Stats(self.data * torch.stack([factor.square(), factor.abs(), one, one, one], -1))
 
     def item(self) -> float:
         """The norm as a Python float. Waits for the device."""
@@ -190,7 +187,7 @@ class GradStats(Stats):
     @property
     def coef(self) -> Tensor:
         """The clip coefficient that gradients were multiplied by: 1 if the norm was within its limit."""
-        return torch.ones_like(self.data[0]) if self._coef is None else self._coef
+        return torch.ones_like(self.sum_sq) if self._coef is None else self._coef
 
     @property
     def clipped_norm(self) -> Tensor:
@@ -261,7 +258,7 @@ class GradStats(Stats):
             close = difflib.get_close_matches(str(name), self._index, n=1)
             hint = f" Did you mean '{close[0]}'?" if close else " stats.names has all of them."
             raise KeyError(f"no gradient named {name!r} was measured.{hint}")
-        return Stats(self.rows[row])
+        return Stats(self.rows.select(0, row))
 
     def __contains__(self, name: str) -> bool:
         return name in self.names

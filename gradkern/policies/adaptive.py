@@ -71,50 +71,62 @@ class Percentile(Policy):
     def init(self, layout: Layout) -> State:
         """An empty history."""
         window = self.window or (1000 if self.per == "global" else 100)
-        lead = (len(layout.names),) if self.per == "tensor" else ()
+        histories = len(layout.names) if self.per == "tensor" else 1
         # Unwritten slots are infinitely far on the side where the percentile is not looked for, so that the
         # selection below never picks one before all that are written.
-        fill = math.inf if self.percentile <= 50.0 else -math.inf
+        fill = math.inf if self._is_low else -math.inf
         history = {
-            "norms": torch.full((*lead, window), fill, dtype=torch.float64, device=layout.device),
-            "count": torch.zeros(lead, dtype=torch.int64, device=layout.device),
+            "norms": torch.full((histories, window), fill, dtype=torch.float64, device=layout.device),
+            "count": torch.zeros(histories, dtype=torch.int64, device=layout.device),
+        }
+        # For each size of the sample: the two extremes that the percentile lies between, and how far along.
+        ranks = [self._share * max(size - 1, 0) for size in range(window + 1)]
+        constants = {
+            "ends": torch.tensor([(math.floor(r), math.ceil(r)) for r in ranks], device=layout.device),
+            "along": layout.floats([r - math.floor(r) for r in ranks]),
         }
         if self.per == "tensor":
-            return State(self, layout, per_tensor=history)
-        return State(self, layout, shared=history)
+            return State(self, layout, constants=constants, per_tensor=history)
+        return State(self, layout, constants=constants, shared=history)
 
     def decide(self, measured: Measured, state: State) -> Decision:
         """One coefficient, or one per tensor."""
-        history = state.per_tensor if self.per == "tensor" else state.shared
-        norm = measured.norms() if self.per == "tensor" else measured.norm()
-        old, count = history["norms"], history["count"]
-        window = old.shape[-1]
+        per_tensor = self.per == "tensor"
+        history = state.per_tensor if per_tensor else state.shared
+        norms, count = history["norms"], history["count"]
+        norm = measured.norms() if per_tensor else measured.norm().unsqueeze(0)
         enters = (norm > 0) & measured.need_good()
-        slot = (count % window).unsqueeze(-1)
-        entry = torch.where(enters.unsqueeze(-1), norm.unsqueeze(-1), old.gather(-1, slot))
-        norms = old.scatter(-1, slot, entry)
-        # Counting on past the window keeps the slot; only the size of the sample stops growing.
-        counted = count + enters
-        limit = self._limit(norms, counted.clamp_max(window))
-        return Decision(
-            coef=clip_coef(limit, norm),
-            info={"norm": norm, "threshold": limit},
-            updates=(Update(old, norm, enters, slot), Update(count, counted)),
-        )
-
-    def _limit(self, norms: Tensor, sample: Tensor) -> Tensor:
-        """The percentile of the first `sample` of the sorted norms; inf of an empty sample."""
-        low = self.percentile <= 50.0
-        share = (self.percentile if low else 100.0 - self.percentile) / 100.0
         window = norms.shape[-1]
+        # Counting on past the window keeps the slot; only the size of the sample stops growing.
+        slot = (count % window).unsqueeze(-1)
+        counted = count + enters
+        entry = torch.where(enters.unsqueeze(-1), norm.unsqueeze(-1), norms.gather(-1, slot))
+        limit = self._limit(norms.scatter(-1, slot, entry), counted.clamp_max(window), state)
+        coef = clip_coef(limit, norm)
+        updates = (Update(norms, norm, enters, slot), Update(count, counted, enters))
+        if per_tensor:
+            return Decision(coef=coef, info={"threshold": limit}, updates=updates)
+        info = {"norm": norm.squeeze(0), "threshold": limit.squeeze(0)}
+        return Decision(coef=coef.squeeze(0), info=info, updates=updates)
+
+    @property
+    def _is_low(self) -> bool:
+        return self.percentile <= 50.0
+
+    @property
+    def _share(self) -> float:
+        """The part of the norms that is beyond the percentile, on its nearer side."""
+        return (self.percentile if self._is_low else 100.0 - self.percentile) / 100.0
+
+    def _limit(self, norms: Tensor, size: Tensor, state: State) -> Tensor:
+        """The percentile of the `size` norms that are written in each row; inf where there are none."""
         # The percentile of a smaller sample is never deeper than that of a full window.
-        depth = min(window, math.ceil(share * (window - 1)) + 1)
-        extremes = norms.topk(depth, -1, largest=not low).values
-        rank = ((sample - 1) * share).clamp_min(0.0)
-        below = rank.floor()
-        ends = torch.stack((below, rank.ceil()), -1).long()
-        first, second = extremes.gather(-1, ends).unbind(-1)
-        return torch.where(sample > 0, torch.lerp(first, second, rank - below), math.inf)
+        depth = math.ceil(self._share * (norms.shape[-1] - 1)) + 1
+        extremes = norms.topk(depth, -1, largest=not self._is_low).values
+        first, second = extremes.gather(-1, state.constants["ends"].index_select(0, size)).unbind(-1)
+        along = state.constants["along"].index_select(0, size)
+        # Between two unwritten slots, inf - inf gives NaN.
+        return torch.lerp(first, second, along).nan_to_num(math.inf, math.inf, -math.inf)
 
 
 @dataclass(frozen=True)

@@ -183,20 +183,21 @@ class Measured(NamedTuple):
         """The statistics after multiplying by `coef` (0-dim or ``[tensors]``) and `unit_coef` (``[units]``).
 
         Exact, without reading a gradient: ``sum_sq * k**2`` and ``abs_max * |k|``. After a per-unit
-        coefficient `abs_max` is only an upper bound (`Chain` refuses stages that would read it). A total
-        that the rows would be needed for, and are not there, is left out. `unit_tensor`:
-        `Layout.unit_tensor()`.
+        coefficient `abs_max` is only an upper bound (`Chain` refuses stages that would read it). What
+        cannot be worked out is left out: the total after a coefficient per tensor without rows, units without
+        `unit_tensor` (which is `Layout.unit_tensor()`).
         """
         total, rows, units = self.total, self.rows, self.units
         if coef is not None:
             if rows is not None:
                 rows = _scale(rows, coef)
-            if units is not None:
-                factor = coef if coef.dim() == 0 else coef.index_select(0, _given("unit_tensor", unit_tensor))
-                units = units._replace(grad_sum_sq=units.grad_sum_sq * factor.square())
+            if coef.dim() > 0 and units is not None:
+                owner = unit_tensor
+                units = None if owner is None else _scale_units(units, coef.index_select(0, owner))
+            elif units is not None:
+                units = _scale_units(units, coef)
         if unit_coef is not None:
-            units = _given("units", units)
-            units = units._replace(grad_sum_sq=units.grad_sum_sq * unit_coef.square())
+            units = _scale_units(_given("units", units), unit_coef)
             if rows is not None:
                 # A sum in a fixed order, where index_add_ on a GPU adds in any.
                 sums = torch.segment_reduce(
@@ -231,7 +232,7 @@ class Decision(NamedTuple):
     `skip`: bool, 0-dim: leave parameters and optimizer state alone. `bound`: largest magnitude of an element
     after the coefficients, a float for all or float64 ``[tensors]`` (inf where there is none). An element
     becomes ``clamp(element * coef * unit_coef, -bound, bound)``.
-    `info`: numbers worth showing ("norm", "threshold", "z"), 0-dim or ``[tensors]``.
+    `info`: numbers worth showing: "norm", "threshold", "z"; 0-dim or one per tensor, group or signal.
     `updates`: what `commit` writes.
     """
 
@@ -252,8 +253,10 @@ class Decision(NamedTuple):
                 "Pass all_finite(total)."
             )
         keep = good if self.skip is None else good & ~self.skip
+        enters, condition = keep, None
         for target, value, where, slot in self.updates:
-            enters = keep if where is None else keep & where
+            if where is not condition:  # mostly the same one throughout
+                enters, condition = keep if where is None else keep & where, where
             if slot is None:
                 target.copy_(torch.where(enters, value, target))
             else:
@@ -454,6 +457,10 @@ def _sum_sq_per_unit(tensors: Sequence[Tensor]) -> Tensor:
 
 def _unit_count(shape: Sequence[int]) -> int:
     return shape[0] if len(shape) > 1 else 1
+
+
+def _scale_units(units: Units, coef: Tensor) -> Units:
+    return units._replace(grad_sum_sq=units.grad_sum_sq * coef.square())
 
 
 def _scale(stats: Tensor, coef: Tensor) -> Tensor:

@@ -109,10 +109,19 @@ class SkipSpike(Policy):
             constants["max_norm"] = layout.floats(self.max_norm)
         if self.z_limit is None:
             return State(self, layout, constants=constants)
+        # For each number n of values in a history: n and n - 1 to divide by, and the z that is a spike, which
+        # is inf until the warm-up is over.
+        least = self.warmup if self.warmup is not None else max(2, self.window // 2)
+        sizes = range(self.window + 1)
+        constants["sizes"] = layout.floats(
+            [(max(n, 1), max(n - 1, 1), self.z_limit if n >= least else math.inf) for n in sizes]
+        )
+        middle = [(max(n - 1, 0) // 2, n // 2) for n in sizes]
+        constants["middle"] = torch.tensor(middle, device=layout.device)
         signals = 1 if self.needs.loss == "no" else 2
-        constants["slots"] = torch.arange(self.window, device=layout.device)
         history = {
-            "values": torch.zeros(signals, self.window, dtype=torch.float64, device=layout.device),
+            # NaN where nothing is written: left out of sums, and last in order.
+            "values": torch.full((signals, self.window), math.nan, dtype=torch.float64, device=layout.device),
             "count": torch.zeros(signals, dtype=torch.int64, device=layout.device),
         }
         return State(self, layout, constants=constants, shared=history)
@@ -120,65 +129,59 @@ class SkipSpike(Policy):
     def decide(self, measured: Measured, state: State) -> Decision:
         """Keep or skip; gradients are not scaled."""
         norm = measured.norm()
-        skip = None
-        if self.max_norm is not None:
-            skip = norm > state.constants["max_norm"]
+        too_large = None if self.max_norm is None else norm > state.constants["max_norm"]
         if self.z_limit is None:
-            return Decision(skip=skip, info={"norm": norm})
-        signals = [norm]
-        if len(state.shared["count"]) > 1:
-            signals.append(self._loss(measured, norm))
-        x = torch.stack(signals)
+            return Decision(skip=too_large, info={"norm": norm})
         values, count = state.shared["values"], state.shared["count"]
-        sample = count.clamp_max(self.window)
-        centre, spread = self._level(values, sample, state.constants["slots"])
+        loss = self._loss(measured)
+        if loss is None:
+            x, values, count = norm.unsqueeze(0), values[:1], count[:1]
+        else:
+            x = torch.stack((norm, loss))
+        size = count.clamp_max(self.window)
+        n, n_less_1, z_limit = state.constants["sizes"].index_select(0, size).unbind(-1)
+        if self.method == "std":
+            centre = values.nansum(-1) / n
+            spread = ((values - centre.unsqueeze(-1)).square().nansum(-1) / n_less_1).sqrt()
+        else:
+            middle = state.constants["middle"].index_select(0, size)
+            centre = _median(values, middle)
+            spread = _MAD_TO_STD * _median((values - centre.unsqueeze(-1)).abs(), middle)
         scale = torch.maximum(spread, centre.abs() * self.least_spread)
-        # A scale of zero (a history of zeros) says nothing: 0/0 and x/0 both become NaN, which is no spike.
-        z = (x - centre) / torch.where(scale > 0, scale, math.nan)
-        is_spike = ((z > self.z_limit) & (sample >= self._least())).any()
-        skip = is_spike if skip is None else skip | is_spike
-        if measured.loss is not None and len(signals) > 1:
-            skip = skip | ~signals[1].isfinite()
-        # A missing loss is NaN here and enters no history; nor does an empty step.
-        enters = x.isfinite() & (norm > 0)
-        slot = (count % self.window).unsqueeze(-1)
+        z = (x - centre) / scale
+        # Where the scale is 0, in a history of zeros, z says nothing.
+        skip = ((z > z_limit) & (scale > 0)).any()
+        if too_large is not None:
+            skip = skip | too_large
+        if loss is not None:
+            skip = skip | ~(loss.abs() < math.inf)
+        enters = norm > 0  # of an empty step the loss does not enter either
         return Decision(
             skip=skip,
-            info={"norm": norm, "z": z[0], "threshold": centre[0] + self.z_limit * scale[0]},
-            updates=(Update(values, x, enters, slot), Update(count, count + 1, enters)),
+            info={"norm": norm, "z": z},
+            updates=(
+                Update(values, x, enters, (count % self.window).unsqueeze(-1)),
+                Update(count, count + 1, enters),
+            ),
         )
 
-    def _least(self) -> int:
-        return self.warmup if self.warmup is not None else max(2, self.window // 2)
-
-    def _loss(self, measured: Measured, norm: Tensor) -> Tensor:
-        if measured.loss is not None:
-            if measured.loss.numel() != 1:
-                raise ValueError(
-                    f"SkipSpike: loss must be one number, got shape {list(measured.loss.shape)}. "
-                    "Pass its mean or sum."
-                )
-            return measured.loss.detach().to(norm.dtype).reshape(())
-        if self.loss:
+    def _loss(self, measured: Measured) -> Tensor | None:
+        """The loss to judge, 0-dim float64; None where there is none or it is not looked at."""
+        loss = measured.loss
+        if loss is None and self.loss:
             raise ValueError(
                 "SkipSpike: loss=True, but no loss was given. "
                 "Pass the step's loss, as clipper(loss=loss) does."
             )
-        return torch.full_like(norm, math.nan)
-
-    def _level(self, values: Tensor, sample: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
-        """Centre and spread of the first `sample` values of each signal."""
-        written = slots < sample.unsqueeze(-1)
-        if self.method == "mad":
-            centre = _median(torch.where(written, values, math.inf), sample)
-            deviations = (values - centre.unsqueeze(-1)).abs()
-            return centre, _MAD_TO_STD * _median(torch.where(written, deviations, math.inf), sample)
-        centre = values.sum(-1) / sample.clamp_min(1)
-        deviations = torch.where(written, values - centre.unsqueeze(-1), 0.0)
-        return centre, (deviations.square().sum(-1) / (sample - 1).clamp_min(1)).sqrt()
+        if loss is None or self.loss is False:
+            return None
+        if loss.numel() != 1:
+            raise ValueError(
+                f"SkipSpike: loss must be one number, got shape {list(loss.shape)}. Pass its mean or sum."
+            )
+        return loss.detach().double().reshape(())
 
 
-def _median(values: Tensor, sample: Tensor) -> Tensor:
-    """Median of the `sample` smallest of each row; the mean of the middle two where their number is even."""
-    middle = torch.stack(((sample - 1).clamp_min(0) // 2, sample // 2), -1)
+def _median(values: Tensor, middle: Tensor) -> Tensor:
+    """Median of each row, the mean of the two values at the places `middle` in order. NaN comes last."""
     return values.sort(-1).values.gather(-1, middle).mean(-1)

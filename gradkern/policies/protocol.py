@@ -174,7 +174,7 @@ class Measured(NamedTuple):
         total = rows.sum(-2)
         if rows.shape[-2] > 0:
             peak = rows.select(-1, ABS_MAX).amax(-1, keepdim=True)
-            total = torch.cat((total[..., :ABS_MAX], peak, total[..., ABS_MAX + 1 :]), -1)
+            total = torch.cat((total.narrow(-1, SUM_SQ, 1), peak, total.narrow(-1, NAN_COUNT, 3)), -1)
         return total if self.merge is None else self.merge(total)
 
     def scaled(
@@ -203,7 +203,7 @@ class Measured(NamedTuple):
                 sums = torch.segment_reduce(
                     units.grad_sum_sq, "sum", offsets=units.offsets, unsafe=True, initial=0
                 )
-                rows = torch.cat((sums.unsqueeze(-1), rows[:, ABS_MAX:]), -1)
+                rows = torch.cat((sums.unsqueeze(-1), rows.narrow(-1, ABS_MAX, 4)), -1)
         after = self._replace(rows=rows, units=units)
         if total is None or (coef is None and unit_coef is None):
             return after
@@ -258,7 +258,7 @@ class Decision(NamedTuple):
             if where is not condition:  # mostly the same one throughout
                 enters, condition = keep if where is None else keep & where, where
             if slot is None:
-                target.copy_(torch.where(enters, value, target))
+                torch.where(enters, value, target, out=target)
             else:
                 old = target.gather(-1, slot)
                 target.scatter_(-1, slot, torch.where(enters.unsqueeze(-1), value.unsqueeze(-1), old))
@@ -277,7 +277,8 @@ def _given(what: str, value: T | None) -> T:
 
 def all_finite(total: Tensor) -> Tensor:
     """Whether a step may enter a history, 0-dim bool: no NaN, no Inf, and a norm that float64 can hold."""
-    return (total[NAN_COUNT] + total[INF_COUNT] == 0) & (total[SUM_SQ] < torch.inf)
+    sum_sq, _, nan_count, inf_count, _ = total.unbind()
+    return (nan_count + inf_count == 0) & (sum_sq < math.inf)
 
 
 def clip_coef(limit: Tensor, norm: Tensor) -> Tensor:
@@ -443,16 +444,14 @@ def unit_sums(grads: Sequence[Tensor], weights: Sequence[Tensor]) -> Units:
 
 
 def _sum_sq_per_unit(tensors: Sequence[Tensor]) -> Tensor:
-    sums = []
+    sums = [torch.zeros(0, dtype=torch.float64)]
     for tensor in tensors:
-        square = tensor.detach().abs().double().square()
-        finite = torch.where(square.isfinite(), square, 0.0)
-        sums.append(
-            finite.reshape(len(tensor), -1).sum(1)
-            if tensor.dim() > 1 and len(tensor)
-            else finite.sum().reshape(-1)[: _unit_count(tensor.shape)]
-        )
-    return torch.cat(sums) if sums else torch.zeros(0, dtype=torch.float64)
+        square = tensor.detach().to(torch.complex128 if tensor.is_complex() else torch.float64)
+        square = torch.view_as_real(square).square().sum(-1) if square.is_complex() else square.square()
+        units = _unit_count(tensor.shape)
+        finite = torch.where(tensor.isfinite(), square, 0.0)
+        sums.append(finite.reshape(units, tensor.numel() // max(units, 1)).sum(1))
+    return torch.cat(sums[1:] or sums)
 
 
 def _unit_count(shape: Sequence[int]) -> int:
@@ -466,7 +465,7 @@ def _scale_units(units: Units, coef: Tensor) -> Units:
 def _scale(stats: Tensor, coef: Tensor) -> Tensor:
     """Stats ``[..., 5]`` after multiplying what they describe by `coef` ``[...]`` or 0-dim."""
     factors = torch.stack((coef.square(), coef.abs()), -1)
-    return torch.cat((stats[..., : ABS_MAX + 1] * factors, stats[..., ABS_MAX + 1 :]), -1)
+    return torch.cat((stats.narrow(-1, SUM_SQ, 2) * factors, stats.narrow(-1, NAN_COUNT, 3)), -1)
 
 
 def check_limit(policy: Policy, parameter: str, value: float) -> None:

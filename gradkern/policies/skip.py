@@ -135,7 +135,7 @@ class SkipSpike(Policy):
         values, count = state.shared["values"], state.shared["count"]
         loss = self._loss(measured)
         if loss is None:
-            x, values, count = norm.unsqueeze(0), values[:1], count[:1]
+            x, values, count = norm.unsqueeze(0), values.narrow(0, 0, 1), count.narrow(0, 0, 1)
         else:
             x = torch.stack((norm, loss))
         size = count.clamp_max(self.window)

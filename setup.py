@@ -32,14 +32,9 @@ from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
-BINDINGS = ["csrc/bindings/module.cpp", "csrc/bindings/ops.cpp"]
+BINDINGS = ["csrc/bindings/module.cpp", "csrc/bindings/ops.cpp", "csrc/bindings/unit_ops.cpp"]
 CMAKE_MINIMUM = (3, 20)
 AGAIN = "and install gradkern again with `pip install --no-build-isolation`"
-
-# The tools of a virtual environment (cmake, ninja) are to be found also where nobody activated it.
-os.environ["PATH"] = os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", os.defpath)])
-# torch starts two compilers more than there are processors, and each needs over a gigabyte.
-os.environ.setdefault("MAX_JOBS", str(os.cpu_count() or 1))
 
 try:
     import torch
@@ -103,20 +98,22 @@ def build_library(directory: Path) -> str:
 class BuildGradkern(BuildExtension):
     """Builds the extension if it can be built, and records in `_build.json` what became of it."""
 
+    reason: str | None = None  # why there is no extension
+
     def run(self) -> None:
         """Build, or say why not."""
-        reason = obstacle(os.environ, TORCH_ERROR)
-        if reason is None:
+        self.reason = obstacle(os.environ, TORCH_ERROR)
+        if self.reason is None:
             try:
                 super().run()
             except Exception as error:  # setuptools, CMake and ninja each have their own
-                reason = (
+                self.reason = (
                     f"compiling it failed ({error}): see the compiler's messages with "
                     "`pip install -v --no-build-isolation`"
                 )
-        if reason is not None and os.environ.get("GRADKERN_BUILD") == "1":
-            raise SystemExit(f"gradkern: GRADKERN_BUILD=1, but the extension cannot be built: {reason}.")
-        self.record(reason)
+        if self.reason is not None and os.environ.get("GRADKERN_BUILD") == "1":
+            raise SystemExit(f"gradkern: GRADKERN_BUILD=1, but the extension cannot be built: {self.reason}.")
+        self.record()
 
     def build_extensions(self) -> None:
         """Build the library, then the extension from it."""
@@ -124,16 +121,15 @@ class BuildGradkern(BuildExtension):
             extension.extra_objects = [build_library(Path(self.build_temp).absolute() / "core")]
         super().build_extensions()
 
-    def record(self, reason: str | None) -> None:
-        """Write `_build.json` beside the extension; without a reason not to, there is one."""
-        # In the source tree if built in place or for an editable installation, else in the wheel.
+    def record(self) -> None:
+        """Write `_build.json` beside the extension: in the source tree if built in place, else in the wheel."""
         extension = Path(self.get_ext_fullpath("gradkern._C"))
-        if reason is not None:
-            print(f"gradkern: built without its extension: {reason}.", file=sys.stderr)
+        if self.reason is not None:
+            print(f"gradkern: built without its extension: {self.reason}.", file=sys.stderr)
             extension.unlink(missing_ok=True)  # of an earlier build, which the record would belie
         record = {
-            "extension": reason is None,
-            "reason": reason or "",
+            "extension": self.reason is None,
+            "reason": self.reason or "",
             "torch": TORCH_VERSION,
             "cuda": False,
         }
@@ -151,13 +147,13 @@ class BuildGradkern(BuildExtension):
 
 
 class Wheel(bdist_wheel):
-    """Tags a wheel without the extension as one for every machine."""
+    """Tags a wheel without the extension as one for every Python and machine."""
 
-    def finalize_options(self) -> None:
-        """Decide by what stands in the way before anything is compiled."""
-        super().finalize_options()
-        if obstacle(os.environ, TORCH_ERROR) is not None:
-            self.root_is_pure = True
+    def get_tag(self) -> tuple[str, str, str]:
+        """Asked for when everything has been built."""
+        if self.get_finalized_command("build_ext").reason is not None:
+            return "py3", "none", "any"
+        return super().get_tag()
 
 
 def extension() -> setuptools.Extension:
@@ -180,4 +176,8 @@ def extension() -> setuptools.Extension:
 
 
 if __name__ == "__main__":
+    # The tools of a virtual environment (cmake, ninja) are to be found also where nobody activated it.
+    os.environ["PATH"] = os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", os.defpath)])
+    # torch starts two compilers more than there are processors, and each needs over a gigabyte.
+    os.environ.setdefault("MAX_JOBS", str(os.cpu_count() or 1))
     setuptools.setup(ext_modules=[extension()], cmdclass={"build_ext": BuildGradkern, "bdist_wheel": Wheel})

@@ -1,4 +1,4 @@
-"""The version of the package; `pyproject.toml` repeats it."""
+"""The version of the package. `pyproject.toml` reads it from here, without importing anything."""
 
 from __future__ import annotations
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import json
 import os
@@ -17,6 +18,8 @@ from types import ModuleType
 
 import pytest
 import torch
+
+from gradkern import ops
 
 ROOT = Path(__file__).resolve().parents[1]
 AGAIN = "and install gradkern again with `pip install --no-build-isolation`"
@@ -131,6 +134,15 @@ def test_without_a_recent_cmake_the_reason_says_which(
         (tmp_path / "cmake").chmod(0o755)
     expected = f"CMake 3.20 or newer was not found: `pip install cmake` {AGAIN}"
     assert setup_py.obstacle(machine, None) == expected
+
+
+def test_the_stub_names_what_the_extension_offers() -> None:
+    if ops.native is None:
+        pytest.skip("there is no extension")
+    stub = ast.parse((ROOT / "gradkern" / "_C.pyi").read_text())
+    functions = {node.name for node in stub.body if isinstance(node, ast.FunctionDef)}
+    values = {node.target.id for node in stub.body if isinstance(node, ast.AnnAssign)}  # type: ignore[union-attr]
+    assert functions | values == {name for name in vars(ops.native) if not name.startswith("_")}
 
 
 # Building and installing.

@@ -102,19 +102,23 @@ def apply_(
     grads: Sequence[Tensor], rows: Tensor | None, coef: Tensor, clip_value: float, nonfinite: str
 ) -> None:
     """As `reference.apply_`."""
-    for has_kernel, indices in _groups(grads):
-        device = _device_of_rows(grads[indices[0]])
-        whole = len(indices) == len(grads)
-        part = grads if whole else [grads[index] for index in indices]
-        part_rows = (
-            rows if whole or rows is None else torch.stack([rows.unbind()[index] for index in indices])
-        )
-        part_coef = (
-            coef if whole or coef.dim() == 0 else torch.stack([coef.unbind()[index] for index in indices])
-        )
+    groups = _groups(grads)
+    for has_kernel, indices in groups:
+        part, part_rows, part_coef = grads, rows, coef
+        if len(groups) > 1:
+            part = [grads[index] for index in indices]
+            part_rows = None if rows is None else _picked(rows, indices)
+            part_coef = coef if coef.dim() == 0 else _picked(coef, indices)
+        device = _device_of_rows(part[0])
         part_rows = None if part_rows is None else part_rows.to(device)
         apply = torch.ops.gradkern.apply_ if has_kernel else reference.apply_
         apply(part, part_rows, part_coef.to(device), clip_value, nonfinite)
+
+
+def _picked(rows: Tensor, indices: Sequence[int]) -> Tensor:
+    """Some rows. Not by an index tensor, which would be copied to the device."""
+    apart = rows.unbind()
+    return torch.stack([apart[index] for index in indices])
 
 
 def _measure(has_kernel: bool, indices: Sequence[int], grads: Sequence[Tensor]) -> Measured:

@@ -1,84 +1,16 @@
 #include "ops.h"
 
-#include <ATen/Parallel.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/scalar_tensor.h>
 #include <torch/library.h>
 
-#include <atomic>
 #include <vector>
 
-#include "../core/clip.h"
-#include "../core/plan.h"
 #include "../cpu/kernels.h"
+#include "work.h"
 
 namespace gradkern::bindings {
 namespace {
-
-DType dtype_of(const at::Tensor& grad) {
-  switch (grad.scalar_type()) {
-    case at::kFloat: return DType::kFloat32;
-    case at::kDouble: return DType::kFloat64;
-    case at::kBFloat16: return DType::kBFloat16;
-    case at::kHalf: return DType::kFloat16;
-    default: TORCH_CHECK(false, "gradkern: a gradient of dtype ", grad.scalar_type(), " has no kernel; ",
-                         "use gradkern.measure or gradkern.clip_, which serve it otherwise");
-  }
-}
-
-Span describe(const at::Tensor& grad) {
-  TORCH_CHECK(grad.layout() == at::kStrided && grad.is_non_overlapping_and_dense(),
-              "gradkern: a gradient without a dense layout has no kernel; use gradkern.measure or ",
-              "gradkern.clip_, which serve it otherwise");
-  return {const_cast<void*>(grad.const_data_ptr()), grad.numel(), dtype_of(grad)};
-}
-
-/// A list of gradients as the kernels see it.
-struct Work {
-  explicit Work(at::TensorList grads) {
-    spans.reserve(grads.size());
-    first_chunk.reserve(grads.size() + 1);
-    int64_t chunk_total = 0;
-    for (const at::Tensor& grad : grads) {
-      spans.push_back(describe(grad));
-      first_chunk.push_back(chunk_total);
-      chunk_total += chunk_count(spans.back().numel);
-    }
-    first_chunk.push_back(chunk_total);
-    chunks.resize(chunk_total);
-    Chunk* next = chunks.data();
-    for (size_t i = 0; i < spans.size(); ++i) next = plan(static_cast<int32_t>(i), spans[i].numel, next);
-  }
-
-  std::vector<Span> spans;
-  std::vector<Chunk> chunks;
-  std::vector<int64_t> first_chunk;  // of each tensor, and the end
-};
-
-/// Below this many elements waking another thread takes longer than the work.
-constexpr int64_t kSerialNumel = int64_t{1} << 15;
-
-/// Calls `run(begin, end)` for ranges that together cover all chunks, on torch's threads. Ranges are handed
-/// out as threads become free, since chunks differ in size and a core may be busy elsewhere; results do not
-/// depend on it, for every chunk writes to a place of its own.
-template <class Run>
-void for_ranges(const std::vector<Chunk>& chunks, const Run& run) {
-  const int64_t count = static_cast<int64_t>(chunks.size());
-  int64_t numel = 0;
-  for (const Chunk& chunk : chunks) numel += chunk.length;
-  const int64_t threads = at::get_num_threads();
-  if (threads == 1 || count <= 1 || numel <= kSerialNumel) return run(0, count);
-
-  constexpr int64_t kRangesPerThread = 16;  // the last one to finish keeps the others waiting 1/16 at most
-  const int64_t step = std::max<int64_t>(1, count / (threads * kRangesPerThread));
-  std::atomic<int64_t> next{0};
-  at::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
-    for (int64_t begin; (begin = next.fetch_add(step, std::memory_order_relaxed)) < count;) {
-      run(begin, std::min(begin + step, count));
-    }
-  });
-}
 
 struct Measured {
   at::Tensor rows, total;
@@ -95,7 +27,7 @@ Measured measure_with(const Work& work, const Kernel& kernel) {
   Stats* const rows = static_cast<Stats*>(found.rows.data_ptr());
   Stats* const total = static_cast<Stats*>(found.total.data_ptr());
   std::vector<Stats> partials(work.chunks.size());
-  for_ranges(work.chunks, [&](int64_t begin, int64_t end) { kernel(begin, end, partials.data()); });
+  for_ranges(static_cast<int64_t>(work.chunks.size()), work.numel, [&](int64_t begin, int64_t end) { kernel(begin, end, partials.data()); });
   for (int64_t i = 0; i < tensors; ++i) {
     const int64_t first = work.first_chunk[i];
     rows[i] = fold(partials.data() + first, work.first_chunk[i + 1] - first);
@@ -113,15 +45,11 @@ Measured measure_work(const Work& work) {
   });
 }
 
-/// torch's own in-place operators count a write even where it changes nothing; we count those that happened.
-void mark_written(const at::Tensor& grad) {
-  if (!grad.is_inference()) grad.unsafeGetTensorImpl()->bump_version();
-}
-
 /// Writes the tensors that `actions` change, as far as `rows` (may be null) can tell.
 void apply_work(at::TensorList grads, const Work& work, const Stats* rows, std::vector<Action>& actions) {
   std::vector<Chunk> chunks;
   std::vector<bool> written(actions.size(), false);
+  int64_t numel = 0;
   // Backwards: the end of the list was read last, and is still in cache.
   for (size_t i = actions.size(); i-- > 0;) {
     Stats unknown;
@@ -130,22 +58,16 @@ void apply_work(at::TensorList grads, const Work& work, const Stats* rows, std::
     // Where every element is finite the three words mean the same, and this one needs no test.
     if (rows != nullptr && all_finite(rows[i])) actions[i].nonfinite = NonFinite::kPropagate;
     written[i] = true;
+    numel += work.spans[i].numel;
     for (int64_t k = work.first_chunk[i + 1]; k-- > work.first_chunk[i];) chunks.push_back(work.chunks[k]);
   }
   const cpu::Kernels& kernels = cpu::kernels();
-  for_ranges(chunks, [&](int64_t begin, int64_t end) {
+  for_ranges(static_cast<int64_t>(chunks.size()), numel, [&](int64_t begin, int64_t end) {
     kernels.apply(work.spans.data(), chunks.data() + begin, end - begin, actions.data());
   });
   for (size_t i = 0; i < actions.size(); ++i) {
     if (written[i]) mark_written(grads[i]);
   }
-}
-
-NonFinite parse_nonfinite(std::string_view word) {
-  if (word == "keep") return NonFinite::kKeep;
-  if (word == "zero") return NonFinite::kZero;
-  if (word == "propagate") return NonFinite::kPropagate;
-  TORCH_CHECK(false, "gradkern: nonfinite must be 'keep', 'zero' or 'propagate', got '", std::string(word), "'");
 }
 
 /// One action per tensor; its coefficient is `coef[i * coef_stride]`.
@@ -263,6 +185,19 @@ TORCH_LIBRARY(gradkern, library) {
       " -> (Tensor rows, Tensor total, Tensor coef)");
   // The same with coefficients given, one or one per gradient. `rows` spares what does not change.
   library.def("apply_(Tensor(a!)[] grads, Tensor? rows, Tensor coef, float clip_value, str nonfinite) -> ()");
+
+  // A unit is a slice along dim 0 of a tensor with two or more dimensions, and the whole of any other. Units
+  // of all tensors are numbered one after the other.
+  // `sum_sq`, float64 [units], covers the finite elements.
+  library.def("unit_sums(Tensor[] tensors) -> Tensor sum_sq");
+  // As apply_, with a coefficient for each unit, float64 [units].
+  library.def("apply_units_(Tensor(a!)[] grads, Tensor coef, float clip_value, str nonfinite) -> ()");
+  // int64 [len(grads), 64], columns as in core/exponents.h.
+  library.def("exponents(Tensor[] grads) -> Tensor counts");
+  // Adds the gradient of l1 * sum(abs(weight)) + l2 * sum(weight ** 2), whose value of each tensor it returns,
+  // float64 [len(grads)]. Gradients and weights are alike in shape, dtype and layout.
+  library.def(
+      "add_penalty_(Tensor(a!)[] grads, Tensor[] weights, float l1, float l2) -> Tensor values");
 }
 
 TORCH_LIBRARY_IMPL(gradkern, CPU, library) {
@@ -276,6 +211,10 @@ TORCH_LIBRARY_IMPL(gradkern, Autograd, library) {
   library.impl("measure", torch::CppFunction::makeFallthrough());
   library.impl("clip_", torch::CppFunction::makeFallthrough());
   library.impl("apply_", torch::CppFunction::makeFallthrough());
+  library.impl("unit_sums", torch::CppFunction::makeFallthrough());
+  library.impl("apply_units_", torch::CppFunction::makeFallthrough());
+  library.impl("exponents", torch::CppFunction::makeFallthrough());
+  library.impl("add_penalty_", torch::CppFunction::makeFallthrough());
 }
 
 }  // namespace gradkern::bindings

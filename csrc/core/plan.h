@@ -39,22 +39,53 @@ GRADKERN_FN Chunk* plan(int32_t tensor, int64_t numel, Chunk* chunks, int64_t ch
   return chunks;
 }
 
-/// Merges `count` records pairwise, neighbours first: always in the same order, whoever made them, and
-/// with a rounding error that grows with the logarithm of `count`.
-GRADKERN_FN Stats fold(const Stats* parts, int64_t count) {
-  // A binary counter: `sums[level]` holds the merge of 2^level parts wherever that bit of `done` is set.
-  Stats sums[64];
-  for (int64_t done = 0; done < count; ++done) {
-    Stats carry = parts[done];
+/// Merges records pairwise, neighbours first, as they come: always in the same order, whoever made them, and
+/// with a rounding error that grows with the logarithm of their number. `T` needs a `merge`.
+template <class T>
+struct Folder {
+  T sums[63];  ///< a binary counter: `sums[level]` holds 2^level parts where that bit of `count` is set
+  int64_t count = 0;
+
+  GRADKERN_MEMBER void add(T part) {
     int level = 0;
-    for (; (done >> level) & 1; ++level) carry = merge(sums[level], carry);
-    sums[level] = carry;
+    for (; (count >> level) & 1; ++level) part = merge(sums[level], part);
+    sums[level] = part;
+    ++count;
   }
-  Stats total;
-  for (int level = 0; level < 63; ++level) {
-    if ((count >> level) & 1) total = merge(sums[level], total);
+
+  GRADKERN_MEMBER T total() const {
+    T all{};
+    for (int level = 0; level < 63; ++level) {
+      if ((count >> level) & 1) all = merge(sums[level], all);
+    }
+    return all;
   }
-  return total;
+};
+
+template <class T>
+GRADKERN_FN T fold(const T* parts, int64_t count) {
+  Folder<T> folder;
+  for (int64_t i = 0; i < count; ++i) folder.add(parts[i]);
+  return folder.total();
+}
+
+/// How a tensor divides into units: its slices along dim 0 (output neurons, output channels) if it has two or
+/// more dimensions, else the whole of it. Units of all tensors are numbered one after the other.
+struct Units {
+  int64_t count = 0;
+  int64_t numel = 0;  ///< of one unit; the units of a dense tensor lie one behind the other
+  int64_t first = 0;  ///< number of the tensor's first unit
+};
+
+/// Some whole units of one tensor: the piece that unit kernels work on.
+struct UnitRange {
+  int64_t begin = 0, end = 0;  ///< counted within the tensor
+  int32_t tensor = 0;
+};
+
+/// Units that make a range: about a chunk of elements.
+GRADKERN_FN int64_t units_per_range(const Units& units) {
+  return units.numel >= kChunkNumel || units.numel == 0 ? 1 : kChunkNumel / units.numel;
 }
 
 }  // namespace gradkern

@@ -33,6 +33,9 @@ GRADKERN_FN Stats merge(const Stats& a, const Stats& b) {
   return both;
 }
 
+/// The same for plain sums.
+GRADKERN_FN double merge(double a, double b) { return a + b; }
+
 GRADKERN_FN bool all_finite(const Stats& stats) {
   return stats.nan_count == 0 && stats.inf_count == 0;
 }

@@ -19,7 +19,8 @@ namespace gradkern::cpu {
 
 constexpr int kSumLanes = 32;
 
-/// One instruction set's kernels. `spans` and `actions` are indexed by `Chunk::tensor`.
+/// One instruction set's kernels. Spans, units and actions are indexed by
+/// the tensor of a chunk or range.
 struct Kernels {
   const char* isa;
 
@@ -34,6 +35,21 @@ struct Kernels {
   /// that do not change are not written. The statistics are those from before.
   void (*clamp)(const Span* spans, const Chunk* chunks, int64_t count, const Action* actions,
                 Stats* partials);
+
+  /// Writes the sum of squares of the finite elements of each unit to `sum_sq[units.first + unit]`.
+  void (*unit_sums)(const Span* spans, const Units* units, const UnitRange* ranges, int64_t count,
+                    double* sum_sq);
+
+  /// `apply` with a coefficient of its own for each unit, `coefs[units.first + unit]`, in the place of the
+  /// action's. Units with a coefficient of 1 and no bound are left alone.
+  void (*apply_units)(const Span* spans, const Units* units, const UnitRange* ranges, int64_t count,
+                      const Action* actions, const double* coefs);
+
+  /// Adds `l1 * sign(weight) + 2 * l2 * weight` to the gradients, and writes the sum of
+  /// `l1 * abs(weight) + l2 * weight * weight` over `chunks[i]` to `values[i]`. Weights have the gradients'
+  /// dtypes and layouts.
+  void (*add_penalty)(const Span* grads, const Span* weights, const Chunk* chunks, int64_t count, double l1,
+                      double l2, double* values);
 
   /// Only the sum of squares, as precisely: what the other statistics cost is measured against this.
   void (*measure_sum_sq)(const Span* spans, const Chunk* chunks, int64_t count, Stats* partials);

@@ -18,6 +18,10 @@ inline void prefetch_step(const T* p) {
   }
 }
 
+inline F64 widen(F64 x) { return x; }
+inline void round_to(F32& to, F64 x) { to = narrow(x); }
+inline void round_to(F64& to, F64 x) { to = x; }
+
 inline F64 add_square(F64 sum, F32 x) { return add_exact_square(sum, widen(x)); }
 inline F64 add_square(F64 sum, F64 x) { return add(sum, mul(x, x)); }
 
@@ -287,6 +291,52 @@ inline double sum_sq_chunk(const T* data, int64_t length) {
   return sums.fold();
 }
 
+/// The statistics of elements that may be more than one chunk.
+template <class T>
+inline Stats measure_long(T* data, int64_t length) {
+  const auto leave = [](T*, int64_t, double, bool) {};
+  if (length <= kChunkNumel) return measure_chunk(data, length, leave);
+  Folder<Stats> folder;
+  for (int64_t begin = 0; begin < length; begin += kChunkNumel) {
+    const int64_t count = length - begin < kChunkNumel ? length - begin : kChunkNumel;
+    folder.add(measure_chunk(data + begin, count, leave));
+  }
+  return folder.total();
+}
+
+template <class T>
+inline double add_penalty_chunk(T* grads, const T* weights, int64_t length, double l1, double l2) {
+  Sums sums;
+  const F64 one = broadcast(l1), two = broadcast(l2), twice = broadcast(2 * l2);
+  const auto value = [&](F64 w) { return add(mul(one, abs(w)), mul(two, mul(w, w))); };
+  const auto gradient = [&](F64 g, F64 w) { return add(g, add(mul(one, sign(w)), mul(twice, w))); };
+  const auto step = [&](T* g, const T* w) {
+    auto grad = values(load_bits(g), T{});
+    const auto weight = values(load_bits(w), T{});
+    sums.first = add(sums.first, value(widen(weight.first)));
+    sums.second = add(sums.second, value(widen(weight.second)));
+    round_to(grad.first, gradient(widen(grad.first), widen(weight.first)));
+    round_to(grad.second, gradient(widen(grad.second), widen(weight.second)));
+    store_bits(g, bits_of(grad, T{}));
+  };
+  int64_t i = 0;
+  for (; i + kSumLanes <= length; i += kSumLanes) {
+    prefetch_step(grads + i);
+    prefetch_step(weights + i);
+    step(grads + i, weights + i);
+  }
+  if (i < length) {
+    T rest_grads[kSumLanes], rest_weights[kSumLanes];
+    memset(rest_grads, 0, sizeof rest_grads);
+    memset(rest_weights, 0, sizeof rest_weights);
+    memcpy(rest_grads, grads + i, (length - i) * sizeof(T));
+    memcpy(rest_weights, weights + i, (length - i) * sizeof(T));
+    step(rest_grads, rest_weights);
+    memcpy(grads + i, rest_grads, (length - i) * sizeof(T));
+  }
+  return sums.fold();
+}
+
 /// Calls `work(first element, length)` with the chunk's elements under their type.
 template <class Work>
 inline void visit(const Span& span, const Chunk& chunk, Work work) {
@@ -302,7 +352,7 @@ void measure(const Span* spans, const Chunk* chunks, int64_t count, Stats* parti
   const DenormalsKept guard;
   for (int64_t i = 0; i < count; ++i) {
     visit(spans[chunks[i].tensor], chunks[i], [&](auto* data, int64_t length) {
-      partials[i] = measure_chunk(data, length, [](auto*, int64_t, double, bool) {});
+      partials[i] = measure_long(data, length);
     });
   }
 }
@@ -320,6 +370,51 @@ void clamp(const Span* spans, const Chunk* chunks, int64_t count, const Action* 
   for (int64_t i = 0; i < count; ++i) {
     visit(spans[chunks[i].tensor], chunks[i], [&](auto* data, int64_t length) {
       partials[i] = clamp_chunk(data, length, actions[chunks[i].tensor]);
+    });
+  }
+}
+
+/// Calls `work(first element, numel, number of the unit among all)` for every unit of a range.
+template <class Work>
+inline void for_units(const Span* spans, const Units* units, const UnitRange& range, Work work) {
+  const Units& of = units[range.tensor];
+  visit(spans[range.tensor], Chunk{}, [&](auto* data, int64_t) {
+    for (int64_t unit = range.begin; unit < range.end; ++unit) {
+      work(data + unit * of.numel, of.numel, of.first + unit);
+    }
+  });
+}
+
+void unit_sums(const Span* spans, const Units* units, const UnitRange* ranges, int64_t count, double* sum_sq) {
+  const DenormalsKept guard;
+  for (int64_t i = 0; i < count; ++i) {
+    for_units(spans, units, ranges[i], [&](auto* data, int64_t numel, int64_t unit) {
+      sum_sq[unit] = measure_long(data, numel).sum_sq;
+    });
+  }
+}
+
+void apply_units(const Span* spans, const Units* units, const UnitRange* ranges, int64_t count,
+                 const Action* actions, const double* coefs) {
+  const DenormalsKept guard;
+  for (int64_t i = 0; i < count; ++i) {
+    Action action = actions[ranges[i].tensor];
+    for_units(spans, units, ranges[i], [&](auto* data, int64_t numel, int64_t unit) {
+      action.coef = coefs[unit];
+      if (action.coef != 1 || action.bound < INFINITY || action.nonfinite == NonFinite::kZero) {
+        apply_chunk(data, numel, action);
+      }
+    });
+  }
+}
+
+void add_penalty(const Span* grads, const Span* weights, const Chunk* chunks, int64_t count, double l1, double l2,
+                 double* values) {
+  const DenormalsKept guard;
+  for (int64_t i = 0; i < count; ++i) {
+    visit(grads[chunks[i].tensor], chunks[i], [&](auto* data, int64_t length) {
+      const auto* weight = static_cast<decltype(data)>(weights[chunks[i].tensor].data) + chunks[i].offset;
+      values[i] = add_penalty_chunk(data, weight, length, l1, l2);
     });
   }
 }

@@ -208,5 +208,18 @@ inline F64 clamp(F64 x, F64 bound) {
   return x;
 }
 
+inline F64 abs(F64 x) {
+  for (__m256d& v : x.v) v = _mm256_andnot_pd(_mm256_set1_pd(-0.0), v);
+  return x;
+}
+inline F64 sign(F64 x) {
+  for (__m256d& v : x.v) {
+    const __m256d nonzero = _mm256_cmp_pd(v, _mm256_setzero_pd(), _CMP_NEQ_OQ);
+    const __m256d one = _mm256_or_pd(_mm256_and_pd(v, _mm256_set1_pd(-0.0)), _mm256_set1_pd(1.0));
+    v = _mm256_blendv_pd(v, one, nonzero);
+  }
+  return x;
+}
+
 }  // namespace
 }  // namespace gradkern::cpu::avx2

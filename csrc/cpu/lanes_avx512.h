@@ -161,5 +161,18 @@ inline F64 clamp(F64 x, F64 bound) {
   return x;
 }
 
+inline F64 abs(F64 x) {
+  for (__m512d& v : x.v) v = _mm512_andnot_pd(_mm512_set1_pd(-0.0), v);
+  return x;
+}
+inline F64 sign(F64 x) {
+  for (__m512d& v : x.v) {
+    const __mmask8 nonzero = _mm512_cmp_pd_mask(v, _mm512_setzero_pd(), _CMP_NEQ_OQ);
+    const __m512d one = _mm512_or_pd(_mm512_and_pd(v, _mm512_set1_pd(-0.0)), _mm512_set1_pd(1.0));
+    v = _mm512_mask_mov_pd(v, nonzero, one);
+  }
+  return x;
+}
+
 }  // namespace
 }  // namespace gradkern::cpu::avx512

@@ -250,5 +250,21 @@ inline F64 clamp(F64 x, F64 bound) {
   return x;
 }
 
+/// The magnitude.
+inline F64 abs(F64 x) {
+  for (V2d& v : x.v) v = (V2d)((V2i)v & 0x7fffffffffffffff);
+  return x;
+}
+
+/// -1, 1, or `x` itself where it is a zero or NaN.
+inline F64 sign(F64 x) {
+  for (V2d& v : x.v) {
+    const V2i nonzero = (v < 0.0) | (v > 0.0);
+    const V2i one = ((V2i)v & INT64_MIN) | 0x3ff0000000000000;
+    v = (V2d)((nonzero & one) | (~nonzero & (V2i)v));
+  }
+  return x;
+}
+
 }  // namespace
 }  // namespace gradkern::cpu::portable

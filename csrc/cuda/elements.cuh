@@ -69,6 +69,20 @@ GRADKERN_DEVICE T narrow(Real<T> x) {
   }
 }
 
+template <class T>
+GRADKERN_DEVICE typename Element<T>::Bits bits_of(T element) {
+  typename Element<T>::Bits bits;
+  memcpy(&bits, &element, sizeof bits);
+  return bits;
+}
+
+template <class T>
+GRADKERN_DEVICE T from_bits(typename Element<T>::Bits bits) {
+  T element;
+  memcpy(&element, &bits, sizeof bits);
+  return element;
+}
+
 /// Also false for NaN.
 GRADKERN_DEVICE bool finite(float x) { return fabsf(x) < INFINITY; }
 GRADKERN_DEVICE bool finite(double x) { return fabs(x) < INFINITY; }
@@ -142,9 +156,13 @@ GRADKERN_DEVICE void for_each(T* data, int length, Team team, One one, Many many
   }
 }
 
-/// Calls `work(pointer to the first element)` with the element's type.
+/// Calls `work(pointer to the first element)` with the element's type. The elements lie in global memory,
+/// which the compiler is told, because it cannot see it in an address that was itself read from memory.
 template <class Work>
 GRADKERN_DEVICE void with_type(DType dtype, void* data, int64_t offset, Work work) {
+#ifdef __CUDA_ARCH__
+  __builtin_assume(__isGlobal(data));
+#endif
   switch (dtype) {
     case DType::kFloat32: return work(static_cast<float*>(data) + offset);
     case DType::kFloat64: return work(static_cast<double*>(data) + offset);

@@ -1,3 +1,6 @@
+#include "apply.cuh"
+#include "exponents.cuh"
+#include "rows.cuh"
 #include "stats.cuh"
 
 namespace gradkern::cuda {
@@ -8,6 +11,9 @@ const void* handle(Kernel kernel) {
   switch (kernel) {
     case Kernel::kStats: return reinterpret_cast<const void*>(stats_kernel<kCapacity>);
     case Kernel::kValue: return reinterpret_cast<const void*>(value_kernel<kCapacity>);
+    case Kernel::kApply: return reinterpret_cast<const void*>(apply_kernel<kCapacity>);
+    case Kernel::kRowSums: return reinterpret_cast<const void*>(row_sums_kernel<kCapacity>);
+    case Kernel::kExponents: return reinterpret_cast<const void*>(exponents_kernel<kCapacity>);
     default: return nullptr;
   }
 }

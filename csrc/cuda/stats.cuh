@@ -43,7 +43,7 @@ GRADKERN_DEVICE Stats stats_of(const Tally<T>& tally) {
   return stats;
 }
 
-/// Adds what `count` in double gives of one element, the zero count aside.
+/// Adds one element, in double; its zero count aside, which `add_batch` has taken by then.
 template <class T>
 GRADKERN_DEVICE void add_exactly(Tally<T>& tally, T element) {
   const Real<T> x = real(element);
@@ -63,11 +63,12 @@ GRADKERN_DEVICE void add_one(Tally<T>& tally, T element) {
   tally.zero_count += real(element) == 0;
 }
 
+/// Returns a magnitude that no element of the batch exceeds, Inf if there may be a NaN or an Inf.
 template <class T>
-GRADKERN_DEVICE void add_batch(Tally<T>& tally, const Batch& batch) {
+GRADKERN_DEVICE Real<T> add_batch(Tally<T>& tally, const Batch& batch) {
   Real<T> sums[kLoads] = {};
   Real<T> largest = 0;  // fmax passes over NaN
-  uint32_t zeros = 0;
+  float zeros = 0;  // exact, and an instruction less per element than an integer
 #pragma unroll
   for (int k = 0; k < kLoads; ++k) {
     const Vector<T> vector = elements<T>(batch.vector[k]);
@@ -76,10 +77,11 @@ GRADKERN_DEVICE void add_batch(Tally<T>& tally, const Batch& batch) {
       const Real<T> x = real(vector.element[e]);
       sums[k] = fma(x, x, sums[k]);
       largest = fmax(largest, fabs(x));
-      zeros += x == 0;
+      zeros += x == 0 ? 1.0f : 0.0f;
     }
   }
-  tally.zero_count += zeros - (kLoads - batch.count) * kWidth<T>;  // the vectors beyond the end
+  const int padding = (kLoads - batch.count) * kWidth<T>;  // the zeros beyond the end
+  tally.zero_count += static_cast<uint32_t>(zeros) - padding;
   const Real<T> sum = (sums[0] + sums[1]) + (sums[2] + sums[3]);
   if (sum >= kSmallestSum && finite(sum)) {
     tally.sum_sq += sum;
@@ -93,6 +95,7 @@ GRADKERN_DEVICE void add_batch(Tally<T>& tally, const Batch& batch) {
       for (int e = 0; e < kWidth<T>; ++e) add_exactly(tally, vector.element[e]);
     }
   }
+  return finite(sum) ? largest : static_cast<Real<T>>(INFINITY);
 }
 
 /// Writes the total and what follows from it. For one block, when all rows are there.
@@ -154,21 +157,21 @@ __global__ void __launch_bounds__(kBlock, kBlocksPerSm)
   for (int64_t i = blockIdx.x; i < args.plan.chunk_count; i += gridDim.x) {
     const Chunk chunk = args.plan.chunks[i];
     const DType dtype = args.plan.tensors[chunk.tensor].dtype;
-    const Action action{1, args.bounds[static_cast<int>(dtype)], args.finish.nonfinite};
+    const double bound = args.bounds[static_cast<int>(dtype)];
     Stats mine;
     with_type(dtype, grads.data[chunk.tensor], chunk.offset, [&](auto* data) {
       using T = std::remove_pointer_t<decltype(data)>;
-      const Clip<T> clip = make_clip<T>(action);
+      const Clamp<T> clamp{bits_of(narrow<T>(static_cast<Real<T>>(bound))), args.finish.nonfinite};
       Tally<T> tally;
       for_each(
           data, chunk.length, block_team(),
           [&](T* element) {
             add_one(tally, *element);
-            clip_one<T, Scale::kNone>(element, clip);
+            *element = clamp(*element);
           },
           [&](const Batch& batch) {
-            add_batch(tally, batch);
-            clip_batch<T, Scale::kNone>(batch, clip);
+            const Real<T> largest = add_batch(tally, batch);
+            if (largest > bound || !finite(largest)) rewrite<T>(batch, clamp);
           });
       mine = stats_of(tally);
     });

@@ -28,13 +28,15 @@ help:
 	rm -rf .venv
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet -r requirements-dev.txt
+	pwd > $$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/gradkern.pth
 	touch $@
 
+# In place, where a second build compiles only what has changed; an installation by pip starts from nothing.
 # GRADKERN_BUILD=1: without its extension the package would install all the same, and these commands would
 # quietly work on the reference alone.
 .venv/built: .venv/installed $(BUILT_FROM)
 	@echo "building the extension (about a minute the first time)"
-	GRADKERN_BUILD=1 $(BIN)/python -m pip install --quiet --no-build-isolation --no-deps --editable .
+	GRADKERN_BUILD=1 $(BIN)/python setup.py --quiet build_ext --inplace
 	touch $@
 
 build: .venv/built

@@ -122,7 +122,7 @@ class BuildGradkern(BuildExtension):
         super().build_extensions()
 
     def record(self) -> None:
-        """Write `_build.json` to where the extension goes: the source tree if built in place, or the wheel."""
+        """Write `_build.json` to where the extension goes: the wheel or, built in place, the source tree."""
         extension = Path(self.get_ext_fullpath("gradkern._C"))
         if self.reason is not None:
             print(f"gradkern: built without its extension: {self.reason}.", file=sys.stderr)

@@ -188,11 +188,14 @@ def _magnitude(piece: Tensor) -> Tensor:
 
 
 def _row(values: Tensor) -> Tensor:
-    parts = [_part(piece) for piece in _pieces(values)]
-    if parts:
-        return merge(torch.stack(parts))
+    pieces = _pieces(values)
     device = "cpu" if values.device.type == "mps" else values.device
-    return torch.zeros(COLUMNS, dtype=torch.float64, device=device)
+    # One tensor for all parts: small ones of their own, made between the large temporaries and kept, would
+    # leave holes in the heap that no later temporary fits.
+    parts = torch.zeros(max(1, len(pieces)), COLUMNS, dtype=torch.float64, device=device)
+    for index, piece in enumerate(pieces):
+        _assign(parts.select(0, index), _part(piece))
+    return merge(parts)
 
 
 def _part(piece: Tensor) -> Tensor:
@@ -239,8 +242,7 @@ def _write(grad: Tensor, coef: Tensor, clip_value: float, nonfinite: str) -> Non
             _write(grad, coef, clip_value, nonfinite)
     else:
         for piece in _pieces(grad):
-            # Not piece.copy_(), which wants a driver even for the fake tensors of a device.
-            torch.ops.aten.copy_.default(piece, _clipped(piece, coef, clip_value, nonfinite))
+            _assign(piece, _clipped(piece, coef, clip_value, nonfinite))
 
 
 def _is_locked(grad: Tensor) -> bool:
@@ -285,3 +287,8 @@ def _scaled(piece: Tensor, coef: Tensor) -> Tensor:
         exact = (piece.double() * coef.to(piece.device)).float()
         product = torch.where(factor < torch.finfo(torch.float32).tiny, exact, product)
     return product.to(piece.dtype)
+
+
+def _assign(target: Tensor, values: Tensor) -> None:
+    # Not target.copy_(), which wants a driver even for the fake tensors of a device.
+    torch.ops.aten.copy_.default(target, values)

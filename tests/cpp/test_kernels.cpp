@@ -292,6 +292,109 @@ TEST(where_changes_says_no_applying_changes_no_bit) {
   }
 }
 
+/// A gradient seen as `count` units, cut into ranges that do not fit evenly.
+struct UnitTable {
+  Units units;
+  std::vector<UnitRange> ranges;
+
+  UnitTable(int64_t count, int64_t numel, int64_t first) : units{count, numel, first} {
+    for (int64_t begin = 0; begin < count; begin += 3)
+      ranges.push_back({begin, std::min(begin + 3, count), 0});
+  }
+  int64_t range_count() const { return static_cast<int64_t>(ranges.size()); }
+};
+
+/// Numels of a unit, from empty to more than a chunk, beside how many of them are tried.
+constexpr struct {
+  int64_t numel, count;
+} kUnits[] = {{0, 4}, {1, 7}, {31, 10}, {33, 1}, {2049, 4}, {kChunkNumel + 5, 2}};
+
+Gradient unit_of(const Gradient& gradient, int64_t unit, int64_t numel) {
+  Gradient part(gradient.dtype(), numel);
+  memcpy(part.begin(), gradient.begin() + unit * numel * data::bytes(gradient.dtype()),
+         numel * data::bytes(gradient.dtype()));
+  return part;
+}
+
+TEST(every_unit_has_its_sum_of_squares) {
+  for (const cpu::Kernels* set : sets()) {
+    for (const DType dtype : data::kDTypes) {
+      for (const auto [numel, count] : kUnits) {
+        Gradient gradient = data::mixed(dtype, numel * count, 1);
+        const UnitTable table(count, numel, 2);
+        std::vector<double> sums(count + 3, -1.0);
+        const Span span = gradient.span();
+        set->unit_sums(&span, &table.units, table.ranges.data(), table.range_count(), sums.data());
+        for (int64_t unit = 0; unit < count; ++unit) {
+          Gradient part = unit_of(gradient, unit, numel);
+          CHECK_EQUAL_IN(context(set, part), sums[2 + unit], measure(set, part).sum_sq);
+        }
+        for (const int64_t outside : {int64_t{0}, int64_t{1}, count + 2}) CHECK_EQUAL(sums[outside], -1.0);
+      }
+    }
+  }
+}
+
+TEST(every_unit_is_multiplied_by_its_own_coefficient) {
+  for (const cpu::Kernels* set : sets()) {
+    for (const DType dtype : data::kDTypes) {
+      for (const auto [numel, count] : kUnits) {
+        for (const NonFinite word : kWords) {
+          const Gradient before = data::mixed(dtype, numel * count, 1);
+          Gradient after = before;
+          const UnitTable table(count, numel, 2);
+          std::vector<double> coefs(count + 2, NAN);
+          for (int64_t unit = 0; unit < count; ++unit) coefs[2 + unit] = 1.0 / static_cast<double>(1 + unit);
+          Action action = {NAN, INFINITY, word};
+          const Span span = after.span();
+          set->apply_units(&span, &table.units, table.ranges.data(), table.range_count(), &action,
+                           coefs.data());
+          for (int64_t unit = 0; unit < count; ++unit) {
+            action.coef = coefs[2 + unit];
+            const Gradient part = unit_of(after, unit, numel);
+            check_applied(context(set, part), unit_of(before, unit, numel), part, action);
+          }
+        }
+      }
+    }
+  }
+}
+
+TEST(a_penalty_is_valued_and_its_gradient_added) {
+  constexpr double l1 = 0.01, l2 = 0.3;
+  for (const cpu::Kernels* set : sets()) {
+    for (const DType dtype : data::kDTypes) {
+      for (const int64_t numel : {int64_t{1}, int64_t{31}, int64_t{33}, kChunkNumel + 1}) {
+        const Gradient before = data::finite(dtype, numel, 1, 21);
+        Gradient weights = data::finite(dtype, numel, 3, 22);
+        const Gradient weights_before = weights;
+        Gradient after = before;
+        const std::vector<Chunk> chunks = data::chunks_of(numel);
+        std::vector<double> values(chunks.size());
+        const Span span = after.span(), weight_span = weights.span();
+        set->add_penalty(&span, &weight_span, chunks.data(), static_cast<int64_t>(chunks.size()), l1, l2,
+                         values.data());
+        long double value = 0;
+        for (int64_t i = 0; i < numel; ++i) {
+          const double w = weights[i], sign = (w > 0) - (w < 0);
+          value += static_cast<long double>(l1) * std::fabs(w) + static_cast<long double>(l2) * w * w;
+          // As the design of every write: computed in double, rounded once (halves by way of float32).
+          const double sum = before[i] + (l1 * sign + 2 * l2 * w);
+          double expected = sum;
+          if (dtype == DType::kFloat32) expected = static_cast<float>(sum);
+          if (data::bytes(dtype) == 2) {
+            expected = data::half_value(dtype, data::nearest_half(dtype, static_cast<float>(sum)));
+          }
+          CHECK_EQUAL_IN(context(set, after), after[i], expected);
+        }
+        const double total = fold(values.data(), static_cast<int64_t>(values.size()));
+        CHECK(std::fabs(total - static_cast<double>(value)) <= 1e-12 * static_cast<double>(value));
+        CHECK(weights.same_bits(weights_before));
+      }
+    }
+  }
+}
+
 TEST(every_instruction_set_gives_the_same_bits) {
   const cpu::Kernels* const portable = sets().back();
   for (const cpu::Kernels* set : sets()) {

@@ -50,7 +50,7 @@ TEST(chunk_counts_do_not_overflow_at_the_largest_size) {
   CHECK_EQUAL(chunk_count(most, 1), most);
 }
 
-TEST(fold_of_nothing_is_the_identity) { CHECK(data::same_bits(fold(nullptr, 0), Stats{})); }
+TEST(fold_of_nothing_is_the_identity) { CHECK(data::same_bits(fold<Stats>(nullptr, 0), Stats{})); }
 
 TEST(fold_merges_every_part_once) {
   std::vector<Stats> parts;
@@ -84,5 +84,28 @@ TEST(fold_of_a_million_equal_parts_is_exact_to_a_few_bits) {
   const std::vector<Stats> parts(1 << 20, Stats{0.1, 0.1, 0, 0, 0});
   CHECK_EQUAL(fold(parts.data(), static_cast<int64_t>(parts.size())).sum_sq, 0.1 * (1 << 20));
 }
+
+TEST(a_folder_gives_at_any_time_what_fold_gives) {
+  data::Random random(5);
+  std::vector<Stats> parts;
+  Folder<Stats> folder;
+  for (int count = 1; count < 40; ++count) {
+    parts.push_back({random.uniform(), random.uniform(), 1, 0, 0});
+    folder.add(parts.back());
+    CHECK(data::same_bits(folder.total(), fold(parts.data(), count)));
+  }
+}
+
+TEST(ranges_of_units_hold_about_a_chunk) {
+  Units units;
+  for (const int64_t numel : {int64_t{1}, int64_t{100}, kChunkNumel - 1, kChunkNumel}) {
+    units.numel = numel;
+    CHECK_EQUAL(units_per_range(units), kChunkNumel / numel);
+  }
+  units.numel = kChunkNumel + 1;
+  CHECK_EQUAL(units_per_range(units), 1);
+}
+
+TEST(empty_units_still_come_one_to_a_range) { CHECK_EQUAL(units_per_range(Units{}), 1); }
 
 }  // namespace

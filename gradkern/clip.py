@@ -169,7 +169,7 @@ def _clip(
             f"{function}: neither max_norm nor clip_value is given, so nothing would be clipped. "
             f"Pass a limit, or call gradkern.{other} to look without writing."
         )
-    items = as_items(params, function, of_grads)
+    items = as_items(params, function, of_grads, stacklevel=4)
     if of_grads:
         _refuse_parameters(function, items)
 
@@ -198,7 +198,7 @@ def _clip(
 
 
 def _measure(function: str, params: Params | Grads, of_grads: bool) -> GradStats:
-    items = as_items(params, function, of_grads)
+    items = as_items(params, function, of_grads, stacklevel=4)
     if ops.native is not None and not torch.compiler.is_compiling():
         found = ops.native.measure(items, of_grads)
         if found is not None:

@@ -53,10 +53,12 @@ class Names:
         return [self[row] for row in range(self._count)]
 
 
-def as_items(params: Params | Grads, function: str, of_grads: bool = False) -> list[object]:
+def as_items(
+    params: Params | Grads, function: str, of_grads: bool = False, stacklevel: int = 3
+) -> list[object]:
     """`params` as a list of tensors and (name, tensor) pairs; not yet looked into.
 
-    Warns, as torch does, of a generator that has nothing left to give.
+    Warns, as torch does, of a generator that has nothing left to give, at the user's call.
     """
     if type(params) is list:
         return params
@@ -82,7 +84,7 @@ def as_items(params: Params | Grads, function: str, of_grads: bool = False) -> l
         warnings.warn(
             f"{function}: {wanted} is a generator with nothing left in it, so nothing is done. "
             f"model.parameters() can be walked once only: call it anew for every step, or keep a list.",
-            stacklevel=3,
+            stacklevel=stacklevel,
         )
     return items
 
@@ -253,9 +255,7 @@ def _problem(grad: Tensor, writes: bool, by_value: bool) -> tuple[str, str, str]
 def _not_a_tensor(function: str, name: str, item: object, of_grads: bool) -> str:
     hint = ""
     if isinstance(item, Mapping) and "params" in item:
-        hint = (
-            "\nFor an optimizer's groups: [p for group in optimizer.param_groups for p in group['params']]."
-        )
+        hint = "\nFor all groups: [p for group in optimizer.param_groups for p in group['params']]."
     elif isinstance(item, nn.Module):
         hint = "\nPass one module, or chain the parameters of several: itertools.chain(a.parameters(), ...)."
     wanted = "gradients" if of_grads else "parameters"
@@ -268,7 +268,7 @@ def _quoted(names: Names, row: int) -> str:
 
 
 def _a(noun: str) -> str:
-    return f"{'an' if noun[0] in 'aeiouAEIO' else 'a'} {noun}"
+    return f"{'an' if noun[0] in 'aeioAEIO' else 'a'} {noun}"
 
 
 def _is_pair(item: object) -> TypeGuard[tuple[str, object]]:

@@ -3,17 +3,18 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
-CPP := $(wildcard csrc/*/*.h csrc/*/*.inl csrc/*/*.cpp tests/cpp/*.h tests/cpp/*.cpp)
+CPP := $(wildcard csrc/*/*.h csrc/*/*.inl csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh tests/cpp/*.h tests/cpp/*.cpp)
 BUILT_FROM := setup.py pyproject.toml CMakeLists.txt $(wildcard csrc/*/*)
 
 # The tools of .venv come before those of the machine, for CMake too.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help build demo test test-full test-reference check format bench sanitize wheel clean
+.PHONY: help build demo test test-cpp test-full test-reference check format bench sanitize wheel clean
 
 help:
 	@echo "make demo            train a network on real text, with and without clipping"
 	@echo "make test            all tests but the slow ones, with the extension built"
+	@echo "make test-cpp        those of the C++ library alone, which make test includes"
 	@echo "make test-full       the slow ones too: minutes, and 8 GB of memory"
 	@echo "make test-reference  the same tests on an installation without the extension"
 	@echo "make check           format, lint and types"
@@ -44,11 +45,17 @@ build: .venv/built
 demo: .venv/built
 	$(BIN)/python -m gradkern.demo
 
-test: .venv/built
+test: .venv/built test-cpp
 	GRADKERN_EXPECT=native $(BIN)/python -m pytest
 
-test-full: .venv/built
+test-full: .venv/built test-cpp
 	GRADKERN_EXPECT=native $(BIN)/python -m pytest -m ""
+
+# The torch-free library alone.
+test-cpp: .venv/installed
+	cmake -S . -B build/cpp -G Ninja -DGRADKERN_TESTS=ON >/dev/null
+	cmake --build build/cpp
+	ctest --test-dir build/cpp --output-on-failure
 
 # In a directory of its own, away from the extension that was built into gradkern/. An older build/lib would
 # lend the package modules that are no longer in the sources.
@@ -75,8 +82,8 @@ bench: .venv/built
 sanitize: .venv/installed
 	for sanitizer in address,undefined thread; do \
 	  echo "== $$sanitizer"; \
-	  cmake -S . -B build/sanitize-$$sanitizer -DGRADKERN_TESTS=ON -DGRADKERN_SANITIZE=$$sanitizer >/dev/null && \
-	  cmake --build build/sanitize-$$sanitizer -j && \
+	  cmake -S . -B build/sanitize-$$sanitizer -G Ninja -DGRADKERN_TESTS=ON -DGRADKERN_SANITIZE=$$sanitizer >/dev/null && \
+	  cmake --build build/sanitize-$$sanitizer && \
 	  ctest --test-dir build/sanitize-$$sanitizer --output-on-failure || exit 1; \
 	done
 

@@ -370,7 +370,7 @@ class AGC(Policy):
         """State without a memory. Raises ValueError where `exclude` matches no tensor."""
         constants = {}
         if self.exclude is not None:
-            kept = ~layout.mask(self.exclude, "AGC: exclude")
+            kept = layout.mask(self.exclude, "AGC: exclude").logical_not()
             constants["apply_to"] = (
                 kept if self.per == "tensor" else kept.index_select(0, layout.unit_tensor())
             )

@@ -65,9 +65,8 @@ class Layout(NamedTuple):
 
     def unit_tensor(self) -> Tensor:
         """The tensor that each unit belongs to, int64 ``[units]``."""
-        counts = self.unit_counts()
-        owners = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts), output_size=sum(counts))
-        return owners.to(self.device)
+        owners = [tensor for tensor, count in enumerate(self.unit_counts()) for _ in range(count)]
+        return torch.tensor(owners, dtype=torch.int64, device=self.device)
 
     def mask(self, pattern: Pattern, parameter: str) -> Tensor:
         """`select` as bool ``[tensors]`` on the device."""
@@ -100,7 +99,8 @@ class Units(NamedTuple):
     """Sums of squares per unit, the units of all tensors one after the other.
 
     A unit is a dim-0 row of a tensor with two or more dimensions (an output neuron, an output channel), and
-    the whole tensor otherwise. Like `Stats.sum_sq` the sums cover finite elements only.
+    the whole tensor otherwise. Like `Stats.sum_sq` the sums cover finite elements only, whatever
+    `Measured.propagate` says.
 
     `grad_sum_sq`, `weight_sum_sq`: float64 ``[units]``. `offsets`: int64 ``[tensors + 1]``; tensor i owns the
     units ``offsets[i]`` to ``offsets[i + 1]``.
@@ -252,7 +252,7 @@ class Decision(NamedTuple):
                 "Decision.commit: `good` is None, but a bad step must not enter the history. "
                 "Pass all_finite(total)."
             )
-        keep = good if self.skip is None else good & ~self.skip
+        keep = good if self.skip is None else good & self.skip.logical_not()
         enters, condition = keep, None
         for target, value, where, slot in self.updates:
             if where is not condition:  # mostly the same one throughout

@@ -30,7 +30,7 @@ def replay(
 
     Args:
         policy: any policy that reads norms only.
-        norms: the norms before clipping, ``[steps]`` of one tensor, or ``[steps, tensors]``. NaN and Inf
+        norms: the norms before clipping, ``[steps]`` of a single tensor, or ``[steps, tensors]``. NaN and Inf
             stand for a step with such a gradient.
         losses: ``[steps]``.
         names: the tensors' names, for policies with patterns.
@@ -75,7 +75,8 @@ def replay(
         measured = Measured(total=total, rows=rows, loss=loss, good=all_finite(total))
         decision = policy.decide(measured, state)
         decision.commit(measured.good)
-        coefs.append(torch.ones(()).double() if decision.coef is None else decision.coef)
+        coef = torch.ones((), dtype=torch.float64) if decision.coef is None else decision.coef
+        coefs.append(coef.squeeze() if recorded.dim() == 1 else coef)
         skips.append(torch.zeros(()).bool() if decision.skip is None else decision.skip)
     coef = torch.stack(coefs) if coefs else torch.zeros(0, dtype=torch.float64)
     return Replay(coef, torch.stack(skips) if skips else torch.zeros(0, dtype=torch.bool))

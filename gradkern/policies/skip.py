@@ -154,7 +154,7 @@ class SkipSpike(Policy):
         if too_large is not None:
             skip = skip | too_large
         if loss is not None:
-            skip = skip | ~(loss.abs() < math.inf)
+            skip = skip | (loss.abs() < math.inf).logical_not()
         enters = norm > 0  # of an empty step the loss does not enter either
         return Decision(
             skip=skip,

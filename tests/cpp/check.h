@@ -59,8 +59,8 @@ std::string both(const char* text, const A& a, const B& b, const std::string& co
 /// Compares, and prints both sides and `context` (a std::string) if they differ.
 #define CHECK_EQUAL_IN(context, a, b)                                                             \
   do {                                                                                            \
-    const auto a_ = (a);                                                                         \
-    const auto b_ = (b);                                                                         \
+    const auto a_ = (a);                                                                          \
+    const auto b_ = (b);                                                                          \
     if (!(a_ == b_)) check::fail(__FILE__, __LINE__, check::both(#a " == " #b, a_, b_, context)); \
   } while (false)
 

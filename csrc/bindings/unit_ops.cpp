@@ -23,8 +23,8 @@ struct UnitWork {
       of.numel = of.count > 0 ? tensor.numel() / of.count : 0;
       of.first = unit_count;
       TORCH_CHECK(of.count <= 1 || of.numel == 0 || tensor.stride(0) == of.numel,
-                  "gradkern: the units of a tensor with sizes ", tensor.sizes(), " and strides ", tensor.strides(),
-                  " do not lie one behind the other, so they have no kernel");
+                  "gradkern: the units of a tensor with sizes ", tensor.sizes(), " and strides ",
+                  tensor.strides(), " do not lie one behind the other, so they have no kernel");
       unit_count += of.count;
       numel += tensor.numel();
       const int64_t step = units_per_range(of);
@@ -62,8 +62,8 @@ at::Tensor unit_sums_cpu(at::TensorList tensors) {
 void apply_units_cpu(at::TensorList grads, const at::Tensor& coef, double clip_value, std::string_view word) {
   const UnitWork work(grads);
   TORCH_CHECK(coef.scalar_type() == at::kDouble && coef.numel() == work.unit_count,
-              "gradkern: apply_units_ needs a float64 coefficient for each of ", work.unit_count, " units, got ",
-              coef.scalar_type(), " ", coef.sizes());
+              "gradkern: apply_units_ needs a float64 coefficient for each of ", work.unit_count,
+              " units, got ", coef.scalar_type(), " ", coef.sizes());
   const NonFinite nonfinite = parse_nonfinite(word);
   const at::Tensor flat = coef.contiguous();
   const double* const coefs = flat.const_data_ptr<double>();
@@ -76,7 +76,8 @@ void apply_units_cpu(at::TensorList grads, const at::Tensor& coef, double clip_v
   });
   for (size_t i = 0; i < actions.size(); ++i) {
     const double* const first = coefs + work.units[i].first;
-    const bool scaled = std::any_of(first, first + work.units[i].count, [](double unit) { return unit != 1; });
+    const bool scaled =
+        std::any_of(first, first + work.units[i].count, [](double unit) { return unit != 1; });
     if (scaled || clip_value < INFINITY || nonfinite == NonFinite::kZero) mark_written(grads[i]);
   }
 }
@@ -98,15 +99,15 @@ at::Tensor add_penalty_cpu(at::TensorList grads, at::TensorList weights, double 
   for (size_t i = 0; i < grads.size(); ++i) {
     TORCH_CHECK(grads[i].sizes() == weights[i].sizes() && grads[i].strides() == weights[i].strides() &&
                     grads[i].scalar_type() == weights[i].scalar_type(),
-                "gradkern: gradient ", i, " and its weight differ in shape, layout or dtype, so they have no kernel");
+                "gradkern: gradient ", i,
+                " and its weight differ in shape, layout or dtype, so they have no kernel");
   }
   const Work work(grads), read(weights);
-  at::Tensor values =
-      at::empty({static_cast<int64_t>(grads.size())}, at::TensorOptions().dtype(at::kDouble));
+  at::Tensor values = at::empty({static_cast<int64_t>(grads.size())}, at::TensorOptions().dtype(at::kDouble));
   std::vector<double> partials(work.chunks.size());
   for_ranges(static_cast<int64_t>(work.chunks.size()), work.numel, [&](int64_t begin, int64_t end) {
-    cpu::kernels().add_penalty(work.spans.data(), read.spans.data(), work.chunks.data() + begin, end - begin, l1, l2,
-                               partials.data() + begin);
+    cpu::kernels().add_penalty(work.spans.data(), read.spans.data(), work.chunks.data() + begin, end - begin,
+                               l1, l2, partials.data() + begin);
   });
   double* const out = values.data_ptr<double>();
   for (size_t i = 0; i < grads.size(); ++i) {

@@ -24,8 +24,9 @@ inline DType dtype_of(const at::Tensor& grad) {
     case at::kDouble: return DType::kFloat64;
     case at::kBFloat16: return DType::kBFloat16;
     case at::kHalf: return DType::kFloat16;
-    default: TORCH_CHECK(false, "gradkern: a gradient of dtype ", grad.scalar_type(), " has no kernel; ",
-                         "use gradkern.measure or gradkern.clip_, which serve it otherwise");
+    default:
+      TORCH_CHECK(false, "gradkern: a gradient of dtype ", grad.scalar_type(), " has no kernel; ",
+                  "use gradkern.measure or gradkern.clip_, which serve it otherwise");
   }
 }
 
@@ -92,7 +93,8 @@ inline NonFinite parse_nonfinite(std::string_view word) {
   if (word == "keep") return NonFinite::kKeep;
   if (word == "zero") return NonFinite::kZero;
   if (word == "propagate") return NonFinite::kPropagate;
-  TORCH_CHECK(false, "gradkern: nonfinite must be 'keep', 'zero' or 'propagate', got '", std::string(word), "'");
+  TORCH_CHECK(false, "gradkern: nonfinite must be 'keep', 'zero' or 'propagate', got '", std::string(word),
+              "'");
 }
 
 }  // namespace gradkern::bindings

@@ -63,7 +63,7 @@ GRADKERN_FN Float16 to_float16(float value) {
     half = 0x7c00u;
   } else if (magnitude >= 0x38800000u) {  // 2^-14: the result is normal
     half = (magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
-  } else if (magnitude > 0x33000000u) {  // above 2^-25: the result is subnormal and not zero
+  } else if (magnitude > 0x33000000u) {              // above 2^-25: the result is subnormal and not zero
     const uint32_t shift = 126 - (magnitude >> 23);  // fraction * 2^(exponent-150) in units of 2^-24
     const uint32_t fraction = (magnitude & 0x7fffffu) | 0x800000u;
     half = fraction >> shift;

@@ -36,8 +36,6 @@ GRADKERN_FN Stats merge(const Stats& a, const Stats& b) {
 /// The same for plain sums.
 GRADKERN_FN double merge(double a, double b) { return a + b; }
 
-GRADKERN_FN bool all_finite(const Stats& stats) {
-  return stats.nan_count == 0 && stats.inf_count == 0;
-}
+GRADKERN_FN bool all_finite(const Stats& stats) { return stats.nan_count == 0 && stats.inf_count == 0; }
 
 }  // namespace gradkern

@@ -307,16 +307,26 @@ inline Stats measure_long(T* data, int64_t length) {
 template <class T>
 inline double add_penalty_chunk(T* grads, const T* weights, int64_t length, double l1, double l2) {
   Sums sums;
-  const F64 one = broadcast(l1), two = broadcast(l2), twice = broadcast(2 * l2);
-  const auto value = [&](F64 w) { return add(mul(one, abs(w)), mul(two, mul(w, w))); };
-  const auto gradient = [&](F64 g, F64 w) { return add(g, add(mul(one, sign(w)), mul(twice, w))); };
+  // A term that is not wanted is left out, not multiplied by 0: a weight may be Inf.
+  const auto value = [&](F64 w) {
+    F64 sum = broadcast(0.0);
+    if (l1 != 0) sum = add(sum, mul(broadcast(l1), abs(w)));
+    if (l2 != 0) sum = add(sum, mul(broadcast(l2), mul(w, w)));
+    return sum;
+  };
+  const auto gradient = [&](F64 w) {
+    F64 sum = broadcast(0.0);
+    if (l1 != 0) sum = add(sum, mul(broadcast(l1), sign(w)));
+    if (l2 != 0) sum = add(sum, mul(broadcast(2 * l2), w));
+    return sum;
+  };
   const auto step = [&](T* g, const T* w) {
     auto grad = values(load_bits(g), T{});
     const auto weight = values(load_bits(w), T{});
     sums.first = add(sums.first, value(widen(weight.first)));
     sums.second = add(sums.second, value(widen(weight.second)));
-    round_to(grad.first, gradient(widen(grad.first), widen(weight.first)));
-    round_to(grad.second, gradient(widen(grad.second), widen(weight.second)));
+    round_to(grad.first, add(widen(grad.first), gradient(widen(weight.first))));
+    round_to(grad.second, add(widen(grad.second), gradient(widen(weight.second))));
     store_bits(g, bits_of(grad, T{}));
   };
   int64_t i = 0;
@@ -351,9 +361,8 @@ inline void visit(const Span& span, const Chunk& chunk, Work work) {
 void measure(const Span* spans, const Chunk* chunks, int64_t count, Stats* partials) {
   const DenormalsKept guard;
   for (int64_t i = 0; i < count; ++i) {
-    visit(spans[chunks[i].tensor], chunks[i], [&](auto* data, int64_t length) {
-      partials[i] = measure_long(data, length);
-    });
+    visit(spans[chunks[i].tensor], chunks[i],
+          [&](auto* data, int64_t length) { partials[i] = measure_long(data, length); });
   }
 }
 
@@ -385,7 +394,8 @@ inline void for_units(const Span* spans, const Units* units, const UnitRange& ra
   });
 }
 
-void unit_sums(const Span* spans, const Units* units, const UnitRange* ranges, int64_t count, double* sum_sq) {
+void unit_sums(const Span* spans, const Units* units, const UnitRange* ranges, int64_t count,
+               double* sum_sq) {
   const DenormalsKept guard;
   for (int64_t i = 0; i < count; ++i) {
     for_units(spans, units, ranges[i], [&](auto* data, int64_t numel, int64_t unit) {
@@ -408,8 +418,8 @@ void apply_units(const Span* spans, const Units* units, const UnitRange* ranges,
   }
 }
 
-void add_penalty(const Span* grads, const Span* weights, const Chunk* chunks, int64_t count, double l1, double l2,
-                 double* values) {
+void add_penalty(const Span* grads, const Span* weights, const Chunk* chunks, int64_t count, double l1,
+                 double l2, double* values) {
   const DenormalsKept guard;
   for (int64_t i = 0; i < count; ++i) {
     visit(grads[chunks[i].tensor], chunks[i], [&](auto* data, int64_t length) {

@@ -13,13 +13,7 @@ namespace avx2 {
 }  // namespace avx2
 
 extern const Kernels k_avx2;
-const Kernels k_avx2 = {"avx2",
-                           avx2::measure,
-                           avx2::apply,
-                           avx2::clamp,
-                           avx2::unit_sums,
-                           avx2::apply_units,
-                           avx2::add_penalty,
-                           avx2::measure_sum_sq};
+const Kernels k_avx2 = {"avx2",          avx2::measure,     avx2::apply,       avx2::clamp,
+                        avx2::unit_sums, avx2::apply_units, avx2::add_penalty, avx2::measure_sum_sq};
 
 }  // namespace gradkern::cpu

@@ -13,13 +13,8 @@ namespace portable {
 }  // namespace portable
 
 extern const Kernels k_portable;
-const Kernels k_portable = {"portable",
-                           portable::measure,
-                           portable::apply,
-                           portable::clamp,
-                           portable::unit_sums,
-                           portable::apply_units,
-                           portable::add_penalty,
-                           portable::measure_sum_sq};
+const Kernels k_portable = {
+    "portable",          portable::measure,     portable::apply,       portable::clamp,
+    portable::unit_sums, portable::apply_units, portable::add_penalty, portable::measure_sum_sq};
 
 }  // namespace gradkern::cpu

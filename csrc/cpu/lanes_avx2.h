@@ -59,7 +59,8 @@ inline Pair<F32> values(U16 bits, BFloat16) {
   return pair;
 }
 inline F32 widen_float16(__m256i halves) {
-  return {{_mm256_cvtph_ps(_mm256_castsi256_si128(halves)), _mm256_cvtph_ps(_mm256_extracti128_si256(halves, 1))}};
+  return {{_mm256_cvtph_ps(_mm256_castsi256_si128(halves)),
+           _mm256_cvtph_ps(_mm256_extracti128_si256(halves, 1))}};
 }
 inline Pair<F32> values(U16 bits, Float16) { return {widen_float16(bits.v[0]), widen_float16(bits.v[1])}; }
 inline Pair<F32> values(U32 bits, float) {
@@ -171,7 +172,8 @@ inline F64 broadcast(double x) {
 
 inline F64 widen(F32 x) {
   return {{_mm256_cvtps_pd(_mm256_castps256_ps128(x.v[0])), _mm256_cvtps_pd(_mm256_extractf128_ps(x.v[0], 1)),
-           _mm256_cvtps_pd(_mm256_castps256_ps128(x.v[1])), _mm256_cvtps_pd(_mm256_extractf128_ps(x.v[1], 1))}};
+           _mm256_cvtps_pd(_mm256_castps256_ps128(x.v[1])),
+           _mm256_cvtps_pd(_mm256_extractf128_ps(x.v[1], 1))}};
 }
 inline F32 narrow(F64 x) {
   return {{_mm256_set_m128(_mm256_cvtpd_ps(x.v[1]), _mm256_cvtpd_ps(x.v[0])),

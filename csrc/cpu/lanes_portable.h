@@ -113,7 +113,8 @@ inline V4u round_bfloat16(V4f x) {
 inline U16 bits_of(Pair<F32> pair, BFloat16) {
   U16 bits;
   for (int i = 0; i < 4; ++i) {
-    bits.v[i] = (V8i)(round_bfloat16(pair.first.v[i]) >> 16 | (round_bfloat16(pair.second.v[i]) & 0xffff0000u));
+    bits.v[i] =
+        (V8i)(round_bfloat16(pair.first.v[i]) >> 16 | (round_bfloat16(pair.second.v[i]) & 0xffff0000u));
   }
   return bits;
 }

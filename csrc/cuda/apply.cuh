@@ -1,26 +1,28 @@
 #pragma once
 
-#include "rows.cuh"
+#include "units.cuh"
 
 /// Clipping by coefficients that the device holds.
 
 namespace gradkern::cuda {
 
-/// The action on a tensor; under `CoefScope::kRow`, on the row with that index among all rows.
-GRADKERN_DEVICE Action action_for(const ApplyArgs& args, int tensor, int64_t row) {
-  const int64_t index = args.scope == CoefScope::kGlobal ? 0 : args.scope == CoefScope::kTensor ? tensor : row;
+/// The action on a tensor; under `CoefScope::kUnit`, on the unit of that number among all units.
+GRADKERN_DEVICE Action action_for(const ApplyArgs& args, int tensor, int64_t unit) {
+  const int64_t index = args.scope == CoefScope::kGlobal   ? 0
+                        : args.scope == CoefScope::kTensor ? tensor
+                                                           : unit;
   return {args.coef[index], args.bounds[static_cast<int>(args.plan.tensors[tensor].dtype)], args.nonfinite};
 }
 
-/// What is known of a tensor: without rows, that it may hold anything.
+/// What is known of a tensor; without rows, that it may hold anything.
 GRADKERN_DEVICE Stats known_stats(const ApplyArgs& args, int tensor) {
   return args.rows ? args.rows[tensor] : Stats{INFINITY, INFINITY, 1, 1, 0};
 }
 
-/// Whether any tensor changes; the same in every thread. Coefficients of rows, which can be many, are
-/// looked at where their rows are.
+/// Whether any tensor changes; the same in every thread. Coefficients of units, which can be many, are
+/// looked at where their units are.
 GRADKERN_DEVICE bool anything_changes(const ApplyArgs& args) {
-  if (args.scope == CoefScope::kRow) return true;
+  if (args.scope == CoefScope::kUnit) return true;
   bool mine = false;
   for (int t = threadIdx.x; t < args.plan.tensor_count; t += kBlock) {
     mine = mine || changes(action_for(args, t, 0), known_stats(args, t));
@@ -31,7 +33,8 @@ GRADKERN_DEVICE bool anything_changes(const ApplyArgs& args) {
 template <Scale kScale, class T>
 GRADKERN_DEVICE void scale_range(T* data, int length, Team team, const Action& action) {
   const Real<T> bound = static_cast<Real<T>>(action.bound);
-  const ScaleAndClamp<T, kScale> clip{action.coef, bound, narrow<T>(bound), narrow<T>(-bound), action.nonfinite};
+  const ScaleAndClamp<T, kScale> clip{action.coef, bound, narrow<T>(bound), narrow<T>(-bound),
+                                      action.nonfinite};
   for_each(
       data, length, team, [&](T* element) { *element = clip(*element); },
       [&](const Batch& batch) { rewrite<T>(batch, clip); });
@@ -57,9 +60,9 @@ __global__ void __launch_bounds__(kBlock, kBlocksPerSm)
   for (int64_t i = int64_t{args.plan.chunk_count} - 1 - blockIdx.x; i >= 0; i -= gridDim.x) {
     const Chunk chunk = args.plan.chunks[i];
     const TensorPlan& shape = args.plan.tensors[chunk.tensor];
-    const int64_t row_numel = args.scope == CoefScope::kRow ? shape.row_numel : chunk.length;
-    for_each_row(chunk, row_numel, [&](int64_t row, int begin, int length, Team team) {
-      const Action action = action_for(args, chunk.tensor, shape.first_row + row);
+    const int64_t unit_numel = args.scope == CoefScope::kUnit ? shape.unit_numel : chunk.length;
+    for_each_unit(chunk, unit_numel, [&](int64_t unit, int begin, int length, Team team) {
+      const Action action = action_for(args, chunk.tensor, shape.first_unit + unit);
       if (!changes(action, known_stats(args, chunk.tensor))) return;
       with_type(shape.dtype, grads.data[chunk.tensor], chunk.offset + begin,
                 [&](auto* data) { clip_range(data, length, team, action); });

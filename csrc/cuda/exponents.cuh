@@ -6,19 +6,11 @@
 
 namespace gradkern::cuda {
 
-/// The column that counts an element, from the bits of its exponent.
 template <class T>
-GRADKERN_DEVICE int exponent_column(T element) {
+GRADKERN_DEVICE int column_of(T element) {
   using Bits = typename Element<T>::Bits;
-  constexpr int kFractionBits = Element<T>::kFractionBits;
-  constexpr int kLargest = (1 << Element<T>::kExponentBits) - 1;
-  const Bits bits = bits_of(element);
-  const int biased = static_cast<int>(bits >> kFractionBits) & kLargest;
-  if (biased == 0) return static_cast<Bits>(bits << 1) == 0 ? kZeroColumn : kSubnormalColumn;
-  if (biased == kLargest) return kNonFiniteColumn;
-  const int exponent = biased - kLargest / 2;
-  const int from_first = min(max(exponent, kFirstExponent), kLastExponent) - kFirstExponent;
-  return kFirstExponentColumn + from_first;
+  const Bits magnitude = bits_of(element) & static_cast<Bits>(~Bits{0}) >> 1;
+  return exponent_column(magnitude, Element<T>::kFractionBits, Element<T>::kExponentBits);
 }
 
 GRADKERN_DEVICE uint32_t* shared_histograms() {
@@ -42,14 +34,14 @@ __global__ void __launch_bounds__(kBlock, kBlocksPerSm)
     with_type(args.plan.tensors[chunk.tensor].dtype, grads.data[chunk.tensor], chunk.offset, [&](auto* data) {
       using T = std::remove_pointer_t<decltype(data)>;
       for_each(
-          data, chunk.length, block_team(), [&](T* element) { atomicAdd(&mine[exponent_column(*element)], 1u); },
+          data, chunk.length, block_team(), [&](T* element) { atomicAdd(&mine[column_of(*element)], 1u); },
           [&](const Batch& batch) {
 #pragma unroll
             for (int k = 0; k < kLoads; ++k) {
               if (k >= batch.count) break;
               const Vector<T> vector = elements<T>(batch.vector[k]);
 #pragma unroll
-              for (int e = 0; e < kWidth<T>; ++e) atomicAdd(&mine[exponent_column(vector.element[e])], 1u);
+              for (int e = 0; e < kWidth<T>; ++e) atomicAdd(&mine[column_of(vector.element[e])], 1u);
             }
           });
     });

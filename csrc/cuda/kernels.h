@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "../core/clip.h"
+#include "../core/exponents.h"
 #include "../core/plan.h"
 #include "../core/span.h"
 #include "../core/stats.h"
@@ -47,8 +48,8 @@ constexpr int64_t chunk_numel_for(int64_t total_numel) {
 
 /// What the plan knows of one tensor. Shapes only; copied to the device when they change.
 struct TensorPlan {
-  int64_t row_numel = 0;  ///< elements of one leading row, at least 1; read by row kernels only
-  int64_t first_row = 0;  ///< index of the tensor's first row among the rows of all tensors
+  int64_t unit_numel = 0;  ///< `Units::numel`; read where units matter only, as is the next
+  int64_t first_unit = 0;  ///< `Units::first`
   int32_t first_chunk = 0;
   int32_t chunk_count = 0;  ///< 0 for an empty tensor
   DType dtype = DType::kFloat32;
@@ -67,29 +68,28 @@ struct Plan {
   int32_t reserved = 0;
 };
 
-/// Rows that one chunk of a row plan holds at most: eight for each warp, so that a bias of 16 thousand
-/// one-element rows still spreads over many blocks.
-constexpr int64_t kChunkRows = 8 * kWarps;
+/// Units that one chunk holds at most: eight for each warp, so that many short ones spread over many blocks.
+constexpr int64_t kChunkUnits = 8 * kWarps;
 
-/// Chunks of a tensor for the row kernels. A chunk holds whole rows, or a piece of one row: never the
-/// end of one and the start of the next. The latter exactly where `row_numel > kChunkNumel`.
-inline int64_t row_chunk_count(int64_t rows, int64_t row_numel) {
-  if (row_numel == 0) return 0;
-  if (row_numel > kChunkNumel) return rows * chunk_count(row_numel);
-  const int64_t fit = kChunkNumel / row_numel;
-  return chunk_count(rows, fit < kChunkRows ? fit : kChunkRows);
+/// Chunks of a tensor in a unit plan. A chunk holds whole units, or a piece of one: never the end of one
+/// and the start of the next. The latter exactly where `units.numel > kChunkNumel`.
+inline int64_t unit_chunk_numel(const Units& units) {
+  const int64_t fit = units.numel > 0 ? kChunkNumel / units.numel : 0;
+  return fit == 0 ? kChunkNumel : (fit < kChunkUnits ? fit : kChunkUnits) * units.numel;
+}
+inline int64_t unit_chunk_count(const Units& units) {
+  if (units.numel > kChunkNumel) return units.count * chunk_count(units.numel);
+  return chunk_count(units.count * units.numel, unit_chunk_numel(units));
 }
 
-/// Writes `row_chunk_count(rows, row_numel)` chunks and returns the first place behind them.
-inline Chunk* plan_rows(int32_t tensor, int64_t rows, int64_t row_numel, Chunk* chunks) {
-  if (row_numel == 0) return chunks;
-  if (row_numel <= kChunkNumel) {
-    const int64_t fit = kChunkNumel / row_numel;
-    return plan(tensor, rows * row_numel, chunks, (fit < kChunkRows ? fit : kChunkRows) * row_numel);
+/// Writes `unit_chunk_count(units)` chunks and returns the first place behind them.
+inline Chunk* plan_units(int32_t tensor, const Units& units, Chunk* chunks) {
+  if (units.numel <= kChunkNumel) {
+    return plan(tensor, units.count * units.numel, chunks, unit_chunk_numel(units));
   }
-  for (int64_t row = 0; row < rows; ++row) {
-    Chunk* const end = plan(tensor, row_numel, chunks);
-    for (; chunks != end; ++chunks) chunks->offset += row * row_numel;
+  for (int64_t unit = 0; unit < units.count; ++unit) {
+    Chunk* const end = plan(tensor, units.numel, chunks);
+    for (; chunks != end; ++chunks) chunks->offset += unit * units.numel;
   }
   return chunks;
 }
@@ -150,11 +150,11 @@ struct ValueArgs {
 enum class CoefScope : int32_t {
   kGlobal = 0,  ///< `coef[0]` for all
   kTensor = 1,  ///< `coef[tensor]`
-  kRow = 2,     ///< `coef[first_row + row]`; needs a row plan (`plan_rows`)
+  kUnit = 2,    ///< `coef[first_unit + unit]`; needs a unit plan (`plan_units`)
 };
 
 /// Clips: element -> clamp(element * coef, -bound, bound), see `Action`. A block leaves at once when no
-/// tensor changes, and skips every tensor (or row) that does not. Takes the chunks from the last to the
+/// tensor changes, and skips every tensor (or unit) that does not. Takes the chunks from the last to the
 /// first, because the end of what was measured before is what L2 still holds.
 struct ApplyArgs {
   Plan plan;
@@ -165,39 +165,31 @@ struct ApplyArgs {
   NonFinite nonfinite = NonFinite::kKeep;
 };
 
-/// Sums of the squares of the finite elements of every leading row. Needs a row plan. `partials` is
+/// Sums of the squares of the finite elements of every unit. Needs a unit plan. `partials` is
 /// `[chunk_count]` and `tickets` `[tensor_count]`, cleared once, as in `Workspace`.
-struct RowSumsArgs {
+struct UnitSumsArgs {
   Plan plan;
   double* partials = nullptr;
   uint32_t* tickets = nullptr;
-  double* sum_sq = nullptr;  ///< `[rows of all tensors]`; rows of an empty tensor are left as they are
+  double* sum_sq = nullptr;  ///< `[units of all tensors]`; units without elements are left as they are
 };
 
-/// Columns of an exponent histogram: three kinds that have no exponent, then floor(log2(abs(element))) of
-/// the normal elements from `kFirstExponent` or less to `kLastExponent` or more, one column each.
-/// float16 holds 2^-24 (subnormal below 2^-14) to 2^15: there is room on both sides for a loss scale.
-constexpr int kExponentColumns = 64;
-constexpr int kZeroColumn = 0;
-constexpr int kSubnormalColumn = 1;  ///< subnormal in the dtype of the tensor
-constexpr int kNonFiniteColumn = 2;
-constexpr int kFirstExponentColumn = 3;
-constexpr int kFirstExponent = -44;
-constexpr int kLastExponent = kFirstExponent + kExponentColumns - kFirstExponentColumn - 1;  // 16
-
+/// Counts exponents, in the columns of core/exponents.h.
 struct ExponentsArgs {
   Plan plan;
   int64_t* counts = nullptr;  ///< `[tensor_count, kExponentColumns]`; the caller clears it before each launch
 };
 
-/// Adds the gradient of `l1 * sum(abs(w)) + l2 * sum(w * w)` to the gradients, reading the weights once.
+/// Adds the gradient of `l1 * sum(abs(w)) + l2 * sum(w * w)`, which is `l1 * sign(w) + 2 * l2 * w`, to the
+/// gradients. Reads gradients and weights once.
 /// Takes `2 * tensor_count` addresses: the gradients, then their weights, of the same dtypes.
 struct PenaltyArgs {
   Plan plan;
-  Workspace workspace;
+  double* partials = nullptr;   ///< `[chunk_count]`
+  uint32_t* tickets = nullptr;  ///< `[tensor_count]`, cleared once, as in `Workspace`
   double l1 = 0;
   double l2 = 0;
-  double* values = nullptr;  ///< `[tensor_count]`: the penalty of each tensor's weights
+  double* values = nullptr;  ///< `[tensor_count]`: the penalty; that of an empty tensor is left as it is
 };
 
 /// Where a kernel finds the address of tensor `t`: always the second kernel argument, in one of three
@@ -217,7 +209,7 @@ struct Addresses<0> {
 
 constexpr size_t kLargestArgs = 4096 - sizeof(Addresses<kFewAddresses>);
 static_assert(sizeof(StatsArgs) <= kLargestArgs && sizeof(ValueArgs) <= kLargestArgs, "exceeds 4 KiB");
-static_assert(sizeof(ApplyArgs) <= kLargestArgs && sizeof(RowSumsArgs) <= kLargestArgs, "exceeds 4 KiB");
+static_assert(sizeof(ApplyArgs) <= kLargestArgs && sizeof(UnitSumsArgs) <= kLargestArgs, "exceeds 4 KiB");
 static_assert(sizeof(ExponentsArgs) <= kLargestArgs && sizeof(PenaltyArgs) <= kLargestArgs, "exceeds 4 KiB");
 static_assert(kLargestArgs + sizeof(Addresses<kManyAddresses>) <= 32764, "exceeds a large kernel argument");
 
@@ -225,7 +217,7 @@ enum class Kernel : int32_t {
   kStats = 0,
   kValue = 1,
   kApply = 2,
-  kRowSums = 3,
+  kUnitSums = 3,
   kExponents = 4,
   kPenalty = 5
 };
@@ -240,8 +232,8 @@ const void* kernel_handle(Kernel kernel, int capacity);
 
 /// Name of a kernel, for error messages.
 constexpr const char* kernel_name(Kernel kernel) {
-  constexpr const char* kNames[] = {"stats_kernel",    "value_kernel",     "apply_kernel",
-                                    "row_sums_kernel", "exponents_kernel", "penalty_kernel"};
+  constexpr const char* kNames[] = {"stats_kernel",     "value_kernel",     "apply_kernel",
+                                    "unit_sums_kernel", "exponents_kernel", "penalty_kernel"};
   return kNames[static_cast<int>(kernel)];
 }
 

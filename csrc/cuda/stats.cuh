@@ -68,7 +68,7 @@ template <class T>
 GRADKERN_DEVICE Real<T> add_batch(Tally<T>& tally, const Batch& batch) {
   Real<T> sums[kLoads] = {};
   Real<T> largest = 0;  // fmax passes over NaN
-  float zeros = 0;  // exact, and an instruction less per element than an integer
+  float zeros = 0;      // exact, and an instruction less per element than an integer
 #pragma unroll
   for (int k = 0; k < kLoads; ++k) {
     const Vector<T> vector = elements<T>(batch.vector[k]);

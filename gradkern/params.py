@@ -30,21 +30,21 @@ _COMPLEX = (torch.complex64, torch.complex128)
 class Names:
     """Names of the gradients that gave a row, in order. Costs next to nothing until somebody asks."""
 
-    __slots__ = ("_count", "_kind", "_labels", "_present")
+    __slots__ = ("_count", "_kind", "_labels", "present")
 
     def __init__(
         self, kind: str, labels: Sequence[str | None] | None, present: Sequence[int] | None, count: int
     ) -> None:
         self._kind = kind  # what an item without a name is called: kind[index]
         self._labels = labels  # one per item, or None if no item has a name
-        self._present = present  # items that gave a row, or None if all of them did
+        self.present = present  # items that gave a row, or None if all of them did
         self._count = count
 
     def __len__(self) -> int:
         return self._count
 
     def __getitem__(self, row: int) -> str:
-        item = row if self._present is None else self._present[row]
+        item = row if self.present is None else self.present[row]
         label = None if self._labels is None else self._labels[item]
         return f"{self._kind}[{item}]" if label is None else label
 
@@ -77,7 +77,7 @@ def as_items(
             hint = "\nFor the gradients of its parameters there is the function that takes parameters."
         raise TypeError(
             f"{function}: {wanted} must be a tensor, or an iterable or mapping of tensors, "
-            f"got {_a(type(params).__name__)}.{hint}"
+            f"got {type(params).__name__}.{hint}"
         )
     items: list[object] = list(params)
     if not items and isinstance(params, types.GeneratorType):
@@ -260,15 +260,11 @@ def _not_a_tensor(function: str, name: str, item: object, of_grads: bool) -> str
         hint = "\nPass one module, or chain the parameters of several: itertools.chain(a.parameters(), ...)."
     wanted = "gradients" if of_grads else "parameters"
     forms = f"{wanted} as tensors or (name, tensor) pairs" + ("" if of_grads else ", or a module")
-    return f"{function}: {name} is {_a(type(item).__name__)}; gradkern needs {forms}.{hint}"
+    return f"{function}: {name} is of type {type(item).__name__}; gradkern needs {forms}.{hint}"
 
 
 def _quoted(names: Names, row: int) -> str:
     return f"'{names[row]}'"
-
-
-def _a(noun: str) -> str:
-    return f"{'an' if noun[0] in 'aeioAEIO' else 'a'} {noun}"
 
 
 def _is_pair(item: object) -> TypeGuard[tuple[str, object]]:

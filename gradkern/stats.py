@@ -92,7 +92,10 @@ class Stats:
 
     def scaled(self, factor: float | Tensor) -> Stats:
         """What the statistics are once every element has been multiplied by `factor`, finite and not 0."""
-        factor = torch.as_tensor(factor, dtype=torch.float64, device=self.data.device)
+        if isinstance(factor, Tensor):
+            factor = factor.to(self.data.device, torch.float64)
+        else:
+            factor = torch.full_like(self.sum_sq, factor)  # by itself a number would be copied to the device
         one = torch.ones_like(factor)
         return Stats(self.data * torch.stack([factor.square(), factor.abs(), one, one, one], -1))
 
@@ -186,7 +189,11 @@ class GradStats(Stats):
 
     @property
     def coef(self) -> Tensor:
-        """The clip coefficient that gradients were multiplied by: 1 if the norm was within its limit."""
+        """What gradients were multiplied by: 1 where nothing was clipped.
+
+        0-dim; of a policy that clips each tensor by itself `[len(names)]`, and of one that clips each unit
+        the share of each tensor's norm that is left.
+        """
         return torch.ones_like(self.sum_sq) if self._coef is None else self._coef
 
     @property
@@ -197,10 +204,14 @@ class GradStats(Stats):
         has cut elements off: that norm can only be measured.
         """
         coef, propagates = self.coef, self._nonfinite == "propagate"
-        norm = reference.norm_of(self.data, self._nonfinite) * coef
+        if coef.dim() > 0:
+            norm = (reference.norm_of(self.rows, self._nonfinite) * coef).square().sum().sqrt()
+        else:
+            norm = reference.norm_of(self.data, self._nonfinite) * coef
         if self._clip_value == math.inf:
             return norm
-        cut = self.abs_max * coef > self._clip_value
+        peaks = self.abs_max if coef.dim() == 0 else self.per_tensor.abs_max
+        cut = (peaks * coef > self._clip_value).any()
         if propagates:
             cut = cut | (self.inf_count > 0)
         return torch.where(cut, math.nan, norm)
@@ -236,10 +247,12 @@ class GradStats(Stats):
     def as_dict(self, *, per_tensor: bool = False) -> dict[str, float]:
         """The totals as Python numbers, for a logger; with `per_tensor`, also `norm/<name>` of each gradient.
 
+        `coef` is the smallest, where there are several.
+
         >>> gradkern.measure_grads([torch.tensor([3.0, -4.0])]).as_dict()["norm"]
         5.0
         """
-        last = torch.stack([self.coef, self.clipped_norm])
+        last = torch.stack([least(self.coef), self.clipped_norm])
         values = self._read(torch.cat([self.data, last, *([self.rows.flatten()] if per_tensor else [])]))
         found = {"norm": _norm(values), "finite_norm": math.sqrt(values[0])}
         found["abs_max"] = values[1]
@@ -269,7 +282,7 @@ class GradStats(Stats):
         tensors = f"{len(self._names)} tensor{'' if len(self._names) == 1 else 's'}"
         if not _has_values(self.data):
             return f"GradStats(of {tensors} on {self.data.device}, without values)"
-        coef = "" if self._coef is None else f", coef={self._coef.item():.4g}"
+        coef = "" if self._coef is None else f", coef={least(self._coef).item():.4g}"
         return f"GradStats({_summary(self._read(self.data))}{coef}, {tensors})"
 
     def _read(self, data: Tensor) -> list[float]:
@@ -292,6 +305,11 @@ def _norm(row: list[float]) -> float:
     if row[2] > 0:
         return math.nan
     return math.inf if row[3] > 0 else math.sqrt(row[0])
+
+
+def least(coef: Tensor) -> Tensor:
+    """The smallest of several coefficients, 0-dim; 1 if there is none."""
+    return coef if coef.dim() == 0 else torch.nn.functional.pad(coef, (0, 1), value=1.0).amin()
 
 
 def _badness(norm: float) -> tuple[bool, float]:

@@ -142,30 +142,30 @@ NEEDS_PARAMETERS = "gradkern needs parameters as tensors or (name, tensor) pairs
 @pytest.mark.parametrize(
     ("params", "message"),
     [
-        (3.0, "clip_: parameters must be a tensor, or an iterable or mapping of tensors, got a float."),
-        ("w", "clip_: parameters must be a tensor, or an iterable or mapping of tensors, got a str."),
-        (None, "clip_: parameters must be a tensor, or an iterable or mapping of tensors, got a NoneType."),
+        (3.0, "clip_: parameters must be a tensor, or an iterable or mapping of tensors, got float."),
+        ("w", "clip_: parameters must be a tensor, or an iterable or mapping of tensors, got str."),
+        (None, "clip_: parameters must be a tensor, or an iterable or mapping of tensors, got NoneType."),
         (
             torch.optim.SGD([torch.zeros(1, requires_grad=True)]),
-            "clip_: parameters must be a tensor, or an iterable or mapping of tensors, got a SGD.\n"
+            "clip_: parameters must be a tensor, or an iterable or mapping of tensors, got SGD.\n"
             "Pass [p for group in optimizer.param_groups for p in group['params']] for all it steps.",
         ),
         (
             [torch.zeros(1), 3.0],
-            f"clip_: parameters[1] is a float; {NEEDS_PARAMETERS}",
+            f"clip_: parameters[1] is of type float; {NEEDS_PARAMETERS}",
         ),
         (
             {"scale": 3},
-            f"clip_: 'scale' is an int; {NEEDS_PARAMETERS}",
+            f"clip_: 'scale' is of type int; {NEEDS_PARAMETERS}",
         ),
         (
             torch.optim.SGD([torch.zeros(1, requires_grad=True)]).param_groups,
-            f"clip_: parameters[0] is a dict; {NEEDS_PARAMETERS}\n"
+            f"clip_: parameters[0] is of type dict; {NEEDS_PARAMETERS}\n"
             "For all groups: [p for group in optimizer.param_groups for p in group['params']].",
         ),
         (
             [nn.ReLU(), nn.ReLU()],
-            f"clip_: parameters[0] is a ReLU; {NEEDS_PARAMETERS}\n"
+            f"clip_: parameters[0] is of type ReLU; {NEEDS_PARAMETERS}\n"
             "Pass one module, or chain the parameters of several: itertools.chain(a.parameters(), ...).",
         ),
     ],
@@ -181,7 +181,7 @@ def test_gradients_in_place_of_a_module_are_asked_for() -> None:
     with pytest.raises(TypeError) as caught:
         gradkern.measure_grads(nn.ReLU())
     assert str(caught.value) == (
-        "measure_grads: gradients must be a tensor, or an iterable or mapping of tensors, got a ReLU.\n"
+        "measure_grads: gradients must be a tensor, or an iterable or mapping of tensors, got ReLU.\n"
         "For the gradients of its parameters there is the function that takes parameters."
     )
 

@@ -14,6 +14,7 @@ from gradkern.clip import clip_, clip_grads_, measure, measure_grads
 from gradkern.drop_in import clip_grad_norm_, clip_grad_value_, clip_grads_with_norm_, get_total_norm
 from gradkern.errors import NonFiniteGradientError
 from gradkern.ops import backend
+from gradkern.penalty import add_penalty_, recurrent
 from gradkern.policies import (
     AGC,
     AdaGC,
@@ -27,6 +28,7 @@ from gradkern.policies import (
     Value,
     ZClip,
 )
+from gradkern.sequence import truncated_bptt
 from gradkern.stats import GradStats, Stats
 
 __all__ = [
@@ -45,6 +47,7 @@ __all__ = [
     "Value",
     "ZClip",
     "__version__",
+    "add_penalty_",
     "backend",
     "clip_",
     "clip_grad_norm_",
@@ -54,4 +57,6 @@ __all__ = [
     "get_total_norm",
     "measure",
     "measure_grads",
+    "recurrent",
+    "truncated_bptt",
 ]

@@ -33,8 +33,10 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 STEPS = 2000
-# Seeds differ in how far the explosion goes: of 0 to 39, 22 pass 1000 within 80 steps, 2 come to no harm.
-SEED = 1
+# Seeds differ in how far the explosion goes, and rounding alone changes it. With this one it passes 100 times
+# the early median with the texts of Python 3.10 to 3.13, 1 or 2 threads, each of torch's instruction sets. Of
+# the seeds 0 to 39, 22 passed a norm of 1000 within 80 steps, and 39 ended worse than knowing nothing.
+SEED = 5
 # For so small a network a second thread gains little, and loses much where another program wants the core;
 # and with one the sums, whose last bits decide how far an explosion goes, are the same in every run.
 THREADS = 1
@@ -299,7 +301,7 @@ def draw_norms(axes: Axes, unclipped: Run, clipped: Run) -> None:
                 color=line["color"],
                 markersize=6,
                 transform=axes.get_xaxis_transform(),
-                label=f"{run.name}: NaN or Inf, from step {bad[0]}",
+                label=f"{run.name}: NaN or Inf",
             )
     threshold = clipped.max_norm
     if threshold:
@@ -311,11 +313,14 @@ def draw_norms(axes: Axes, unclipped: Run, clipped: Run) -> None:
     axes.xaxis.set_major_formatter("{x:g}")
     axes.set_ylabel("gradient norm before clipping")
     axes.grid(which="major", alpha=0.25)
-    axes.legend(loc="upper right", framealpha=0.9)
+    # Above the axes, where it hides no step.
+    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=5, frameon=False, handlelength=1.6)
 
 
 def draw_bits(axes: Axes, text: Text, unclipped: Run, clipped: Run) -> None:
     """Training loss, beside that of a model that knows nothing."""
+    from matplotlib.ticker import LogLocator
+
     for run, line in ((unclipped, UNCLIPPED_LINE), (clipped, CLIPPED_LINE)):
         axes.plot(range(1, len(run.bits) + 1), run.bits, **line)
     uniform = text.uniform_bits
@@ -324,14 +329,16 @@ def draw_bits(axes: Axes, text: Text, unclipped: Run, clipped: Run) -> None:
         f"knowing nothing: {uniform:.2f}",
         (1, uniform),
         xycoords=("axes fraction", "data"),
-        xytext=(-4, 3),
+        xytext=(-4, -4),
         textcoords="offset points",
         ha="right",
+        va="top",
     )
     # A run that has lost its way takes a hundred bits, and would press the other flat on a linear axis.
     axes.set_yscale("log")
-    axes.set_yticks([2, 5, 10, 20, 50, 100])
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("")
     axes.set_ylabel("bits per character")
     axes.set_xlabel("step (logarithmic)")
     axes.grid(which="major", alpha=0.25)

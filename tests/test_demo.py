@@ -26,10 +26,10 @@ def text() -> Text:
     return demo.encode(SENTENCE * 40)
 
 
-def trained(text: Text, max_norm: float | None, steps: int, learning_rate: float = 1.0, seed: int = 1) -> Run:
+def trained(text: Text, max_norm: float | None, steps: int) -> Run:
     torch.set_num_threads(1)
     run = Run("run", max_norm)
-    for _ in demo.train(text, run, steps=steps, seed=seed, learning_rate=learning_rate):
+    for _ in demo.train(text, run, steps=steps, seed=demo.SEED, learning_rate=demo.LEARNING_RATE):
         pass
     return run
 
@@ -92,6 +92,12 @@ def test_on_the_manual_the_network_learns_only_if_it_is_clipped() -> None:
     manual = demo.load_text()
     assert trained(manual, 0.25, 40).held_out_bits < 0.6 * manual.uniform_bits
     assert trained(manual, None, 40).held_out_bits > manual.uniform_bits
+
+
+def test_on_the_manual_the_gradients_explode_unless_they_are_clipped() -> None:
+    manual = demo.load_text()
+    assert trained(manual, None, 40).first_exploded is not None
+    assert trained(manual, 0.25, 40).first_exploded is None
 
 
 def test_a_step_explodes_from_a_hundred_times_the_median_of_the_first_ten() -> None:
@@ -167,8 +173,8 @@ def test_the_picture_shows_both_norms_the_limit_and_the_non_finite_steps() -> No
     unclipped = Run("unclipped", None, norms=[1.0, 1e5, math.inf, math.nan])
     demo.draw_norms(axes, unclipped, Run("clipped", 0.25, norms=[1.0, 2.0, 1.0, 1.0]))
     lines = {str(line.get_label()): line for line in axes.get_lines()}
-    assert list(lines) == ["unclipped", "unclipped: NaN or Inf, from step 3", "clipped", "max_norm = 0.25"]
-    assert list(lines["unclipped: NaN or Inf, from step 3"].get_xdata()) == [3, 4]
+    assert list(lines) == ["unclipped", "unclipped: NaN or Inf", "clipped", "max_norm = 0.25"]
+    assert list(lines["unclipped: NaN or Inf"].get_xdata()) == [3, 4]
     assert list(lines["unclipped"].get_ydata())[:2] == [1.0, 1e5]
     assert axes.get_yscale() == "log"
 

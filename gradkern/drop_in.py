@@ -16,7 +16,7 @@ from torch import Tensor
 from gradkern import ops, reference
 from gradkern.clip import raise_nonfinite
 from gradkern.errors import NonFiniteGradientError
-from gradkern.params import Params, as_items, check, collect, limit_of, norm_limit_of
+from gradkern.params import Params, as_items, check, collect, describe, limit_of, norm_limit_of
 from gradkern.stats import GradStats
 
 # torch divides by norm + 1e-6, so that a norm of 0 gives a coefficient.
@@ -63,7 +63,10 @@ def clip_grad_norm_(
     if order == 2 and not error_if_nonfinite and ops.native is not None and not torch.compiler.is_compiling():
         found = ops.native.clip_(items, limit, limit_tensor, _EPS, math.inf, "propagate")
         if found is not None:
-            return _as_torch(reference.norm_of(found[1]), _grads_of(items))
+            return _as_torch(
+                reference.norm_of(found[1]),
+                [tensor.grad for tensor in _tensors_of(items) if tensor.grad is not None],
+            )
 
     names, grads = collect(items, function)
     check(names, grads, function, writes=limit < math.inf or limit_tensor is not None, by_value=False)
@@ -124,7 +127,13 @@ def get_total_norm(
     """
     function = "get_total_norm"
     order = _order(function, norm_type)
-    names, grads = collect(as_items(tensors, function, of_grads=True), function, of_grads=True)
+    items = as_items(tensors, function, of_grads=True)
+    fast = ops.native is not None and not error_if_nonfinite and not torch.compiler.is_compiling()
+    if fast and order in (2, math.inf):
+        found = ops.native.measure(items, True)
+        if found is not None:
+            return _as_torch(reference.power_norm((), found[1], order), _tensors_of(items))
+    names, grads = collect(items, function, of_grads=True)
     check(names, grads, function, writes=False, by_value=False)
     with torch.no_grad():
         rows, total = ops.measure(grads)
@@ -154,12 +163,16 @@ def clip_grads_with_norm_(
     """
     function = "clip_grads_with_norm_"
     limit, limit_tensor = norm_limit_of(function, max_norm)
+    if isinstance(total_norm, Tensor) and (total_norm.dim() != 0 or total_norm.is_complex()):
+        raise ValueError(
+            f"{function}: total_norm must be a number or a real 0-dim tensor, got {describe(total_norm)}."
+        )
     names, grads = collect(as_items(parameters, function), function)
     check(names, grads, function, writes=limit < math.inf or limit_tensor is not None, by_value=False)
     if not grads:
         return
     with torch.no_grad():
-        norm = torch.as_tensor(total_norm)
+        norm = total_norm if isinstance(total_norm, Tensor) else torch.tensor(total_norm, dtype=torch.float64)
         device = "cpu" if norm.device.type == "mps" else norm.device
         norm = norm.to(device=device, dtype=torch.float64)
         coef = reference.coefficient(norm, limit, limit_tensor, _EPS)
@@ -176,9 +189,9 @@ def _order(function: str, norm_type: float) -> float:
     return order
 
 
-def _grads_of(items: Sequence[object]) -> list[Tensor]:
-    tensors = [item[1] if isinstance(item, tuple) else item for item in items]
-    return [tensor.grad for tensor in tensors if isinstance(tensor, Tensor) and tensor.grad is not None]
+def _tensors_of(items: Sequence[object]) -> list[Tensor]:
+    tensors = [item[1] if type(item) is tuple else item for item in items]
+    return [tensor for tensor in tensors if isinstance(tensor, Tensor)]
 
 
 def _as_torch(norm: Tensor, grads: Sequence[Tensor]) -> Tensor:

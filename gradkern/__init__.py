@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from gradkern._version import __version__
 from gradkern.clip import clip_, clip_grads_, measure, measure_grads
+from gradkern.clipper import Clipper
 from gradkern.drop_in import clip_grad_norm_, clip_grad_value_, clip_grads_with_norm_, get_total_norm
 from gradkern.errors import NonFiniteGradientError
 from gradkern.ops import backend
@@ -36,6 +37,7 @@ __all__ = [
     "AdaGC",
     "BlockRMS",
     "Chain",
+    "Clipper",
     "GlobalNorm",
     "GradStats",
     "GroupNorm",

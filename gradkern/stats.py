@@ -166,7 +166,7 @@ class GradStats(Stats):
         total: Tensor,
         names: Names,
         coef: Tensor | None = None,
-        clip_value: float = math.inf,
+        clip_value: float | Tensor = math.inf,
         nonfinite: str = "propagate",
     ) -> None:
         self.data = total
@@ -208,9 +208,10 @@ class GradStats(Stats):
             norm = (reference.norm_of(self.rows, self._nonfinite) * coef).square().sum().sqrt()
         else:
             norm = reference.norm_of(self.data, self._nonfinite) * coef
-        if self._clip_value == math.inf:
+        per_tensor = coef.dim() > 0 or isinstance(self._clip_value, Tensor)
+        if not isinstance(self._clip_value, Tensor) and self._clip_value == math.inf:
             return norm
-        peaks = self.abs_max if coef.dim() == 0 else self.per_tensor.abs_max
+        peaks = self.per_tensor.abs_max if per_tensor else self.abs_max
         cut = (peaks * coef > self._clip_value).any()
         if propagates:
             cut = cut | (self.inf_count > 0)

@@ -72,7 +72,8 @@ struct Walked {
   std::vector<int64_t> present;  // the item each gradient came from
   int64_t numel = 0;
 
-  /// False, at the first item that is not the plain case.
+  /// False, at the first item that is not the plain case; nor is a list without a single gradient, for
+  /// which the dispatcher would find no kernel.
   bool walk(const py::list& items, bool items_are_grads) {
     const size_t count = items.size();
     grads.reserve(count);
@@ -90,7 +91,7 @@ struct Walked {
       grads.push_back(grad);
       present.push_back(static_cast<int64_t>(i));
     }
-    return true;
+    return !grads.empty();
   }
 
   /// Indices of the items that gave a row, or None where all of them did.
@@ -117,13 +118,42 @@ py::object measure_items(const py::list& items, bool items_are_grads) {
   return py::make_tuple(std::move(rows), std::move(total), walked.present_or_none(items));
 }
 
-py::object clip_items_(const py::list& items, double max_norm, const std::optional<at::Tensor>& limit, double eps,
-                       double clip_value, const std::string& nonfinite, bool items_are_grads) {
+py::object clip_items_(const py::list& items, double max_norm, const std::optional<at::Tensor>& limit,
+                       double eps, double clip_value, const std::string& nonfinite, bool items_are_grads) {
   Walked walked;
   if (!walked.walk(items, items_are_grads)) return py::none();
-  auto [rows, total, coef] = call(
-      walked.numel, [&] { return clip_(walked.grads, max_norm, limit, eps, clip_value, nonfinite); });
+  auto [rows, total, coef] =
+      call(walked.numel, [&] { return clip_(walked.grads, max_norm, limit, eps, clip_value, nonfinite); });
   return py::make_tuple(std::move(rows), std::move(total), std::move(coef), walked.present_or_none(items));
+}
+
+/// False where an item is not the plain case; then nothing was touched.
+bool apply_items_(const py::list& items, const std::optional<at::Tensor>& rows, const at::Tensor& coef,
+                  double clip_value, const std::string& nonfinite, bool items_are_grads) {
+  Walked walked;
+  if (!walked.walk(items, items_are_grads)) return false;
+  call(walked.numel, [&] { apply_(walked.grads, rows, coef, clip_value, nonfinite); });
+  return true;
+}
+
+/// Whether what the lists and dicts `containers` hold, one after the other, is what `values` holds: the same
+/// objects, for equal tensors are others. A module's parameters are followed at a few ns each.
+bool is_unchanged(const py::list& containers, const py::list& values) {
+  PyObject* const* known = PySequence_Fast_ITEMS(values.ptr());
+  PyObject* const* const end = known + values.size();
+  for (const py::handle container : containers) {
+    if (PyDict_Check(container.ptr())) {
+      PyObject* value = nullptr;
+      for (Py_ssize_t position = 0; PyDict_Next(container.ptr(), &position, nullptr, &value);) {
+        if (known == end || *known++ != value) return false;
+      }
+    } else {
+      for (const py::handle value : py::reinterpret_borrow<py::list>(container)) {
+        if (known == end || *known++ != value.ptr()) return false;
+      }
+    }
+  }
+  return known == end;
 }
 
 double measure_norm_only(const py::list& items) {
@@ -145,7 +175,8 @@ void set_isa(const std::string& isa) {
   if (!cpu::select(isa.c_str())) {
     std::string names;
     for (const std::string& name : isas()) names += (names.empty() ? "" : ", ") + name;
-    throw py::value_error("set_isa: '" + isa + "' is not available here; this build and machine offer " + names);
+    throw py::value_error("set_isa: '" + isa + "' is not available here; this build and machine offer " +
+                          names);
   }
 }
 
@@ -157,6 +188,10 @@ PYBIND11_MODULE(_C, module) {
   module.def("measure", measure_items, py::arg("items"), py::arg("items_are_grads") = false);
   module.def("clip_", clip_items_, py::arg("items"), py::arg("max_norm"), py::arg("limit"), py::arg("eps"),
              py::arg("clip_value"), py::arg("nonfinite"), py::arg("items_are_grads") = false);
+  module.def("apply_", apply_items_, py::arg("items"), py::arg("rows"), py::arg("coef"),
+             py::arg("clip_value"), py::arg("nonfinite"), py::arg("items_are_grads") = false);
+  module.def("fold", fold_rows, py::arg("rows"));
+  module.def("is_unchanged", is_unchanged, py::arg("containers"), py::arg("values"));
   module.def("isa", [] { return std::string(gradkern::cpu::kernels().isa); });
   module.def("isas", isas);
   module.def("set_isa", set_isa, py::arg("isa"));

@@ -27,7 +27,8 @@ Measured measure_with(const Work& work, const Kernel& kernel) {
   Stats* const rows = static_cast<Stats*>(found.rows.data_ptr());
   Stats* const total = static_cast<Stats*>(found.total.data_ptr());
   std::vector<Stats> partials(work.chunks.size());
-  for_ranges(static_cast<int64_t>(work.chunks.size()), work.numel, [&](int64_t begin, int64_t end) { kernel(begin, end, partials.data()); });
+  for_ranges(static_cast<int64_t>(work.chunks.size()), work.numel,
+             [&](int64_t begin, int64_t end) { kernel(begin, end, partials.data()); });
   for (int64_t i = 0; i < tensors; ++i) {
     const int64_t first = work.first_chunk[i];
     rows[i] = fold(partials.data() + first, work.first_chunk[i + 1] - first);
@@ -75,7 +76,8 @@ std::vector<Action> actions_for(const Work& work, const double* coef, int64_t co
                                 NonFinite nonfinite) {
   std::vector<Action> actions(work.spans.size());
   for (size_t i = 0; i < actions.size(); ++i) {
-    actions[i] = {coef[static_cast<int64_t>(i) * coef_stride], round_to(work.spans[i].dtype, clip_value), nonfinite};
+    actions[i] = {coef[static_cast<int64_t>(i) * coef_stride], round_to(work.spans[i].dtype, clip_value),
+                  nonfinite};
   }
   return actions;
 }
@@ -99,7 +101,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> clip_cpu(at::TensorList grads, do
     const std::vector<Action> actions = actions_for(work, &coef, 0, clip_value, nonfinite);
     const cpu::Kernels& kernels = cpu::kernels();
     Measured found = measure_with(work, [&](int64_t begin, int64_t end, Stats* partials) {
-      kernels.clamp(work.spans.data(), work.chunks.data() + begin, end - begin, actions.data(), partials + begin);
+      kernels.clamp(work.spans.data(), work.chunks.data() + begin, end - begin, actions.data(),
+                    partials + begin);
     });
     for (size_t i = 0; i < actions.size(); ++i) {
       if (changes(actions[i], found.row[i])) mark_written(grads[i]);
@@ -120,14 +123,16 @@ void apply_cpu(at::TensorList grads, const std::optional<at::Tensor>& rows, cons
   TORCH_CHECK(coef.scalar_type() == at::kDouble && (coef.dim() == 0 || coef.numel() == tensors),
               "gradkern: apply_ needs float64 coefficients, one or one per gradient (", tensors, "), got ",
               coef.scalar_type(), " ", coef.sizes());
-  TORCH_CHECK(!rows.has_value() || (rows->scalar_type() == at::kDouble && rows->numel() == tensors * kColumns),
-              "gradkern: apply_ needs rows as measure returns them, float64 [", tensors, ", ", kColumns, "]");
+  TORCH_CHECK(
+      !rows.has_value() || (rows->scalar_type() == at::kDouble && rows->numel() == tensors * kColumns),
+      "gradkern: apply_ needs rows as measure returns them, float64 [", tensors, ", ", kColumns, "]");
   const Work work(grads);
   const at::Tensor flat = coef.contiguous();
   const at::Tensor seen = rows.has_value() ? rows->contiguous() : at::Tensor();
   std::vector<Action> actions = actions_for(work, flat.const_data_ptr<double>(), coef.dim() == 0 ? 0 : 1,
                                             clip_value, parse_nonfinite(nonfinite));
-  apply_work(grads, work, seen.defined() ? static_cast<const Stats*>(seen.const_data_ptr()) : nullptr, actions);
+  apply_work(grads, work, seen.defined() ? static_cast<const Stats*>(seen.const_data_ptr()) : nullptr,
+             actions);
 }
 
 }  // namespace
@@ -142,12 +147,32 @@ std::tuple<at::Tensor, at::Tensor> measure(at::TensorList grads) {
 std::tuple<at::Tensor, at::Tensor, at::Tensor> clip_(at::TensorList grads, double max_norm,
                                                      const std::optional<at::Tensor>& limit, double eps,
                                                      double clip_value, std::string_view nonfinite) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("gradkern::clip_", "")
-                             .typed<std::tuple<at::Tensor, at::Tensor, at::Tensor>(
-                                 at::TensorList, double, const std::optional<at::Tensor>&, double, double,
-                                 std::string_view)>();
+  static const auto op =
+      c10::Dispatcher::singleton()
+          .findSchemaOrThrow("gradkern::clip_", "")
+          .typed<std::tuple<at::Tensor, at::Tensor, at::Tensor>(
+              at::TensorList, double, const std::optional<at::Tensor>&, double, double, std::string_view)>();
   return op.call(grads, max_norm, limit, eps, clip_value, nonfinite);
+}
+
+void apply_(at::TensorList grads, const std::optional<at::Tensor>& rows, const at::Tensor& coef,
+            double clip_value, std::string_view nonfinite) {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("gradkern::apply_", "")
+                             .typed<void(at::TensorList, const std::optional<at::Tensor>&, const at::Tensor&,
+                                         double, std::string_view)>();
+  op.call(grads, rows, coef, clip_value, nonfinite);
+}
+
+at::Tensor fold_rows(const at::Tensor& rows) {
+  TORCH_CHECK(rows.device().is_cpu() && rows.scalar_type() == at::kDouble && rows.dim() == 2 &&
+                  rows.size(1) == kColumns && rows.is_contiguous(),
+              "gradkern: fold needs rows as measure returns them, float64 [tensors, ", kColumns,
+              "] on the CPU");
+  at::Tensor total = at::empty({kColumns}, rows.options());
+  *static_cast<Stats*>(total.data_ptr()) =
+      fold(static_cast<const Stats*>(rows.const_data_ptr()), rows.size(0));
+  return total;
 }
 
 double measure_sum_sq(at::TensorList grads) {
@@ -194,10 +219,9 @@ TORCH_LIBRARY(gradkern, library) {
   library.def("apply_units_(Tensor(a!)[] grads, Tensor coef, float clip_value, str nonfinite) -> ()");
   // int64 [len(grads), 64], columns as in core/exponents.h.
   library.def("exponents(Tensor[] grads) -> Tensor counts");
-  // Adds the gradient of l1 * sum(abs(weight)) + l2 * sum(weight ** 2), whose value of each tensor it returns,
-  // float64 [len(grads)]. Gradients and weights are alike in shape, dtype and layout.
-  library.def(
-      "add_penalty_(Tensor(a!)[] grads, Tensor[] weights, float l1, float l2) -> Tensor values");
+  // Adds the gradient of l1 * sum(abs(weight)) + l2 * sum(weight ** 2), whose value of each tensor it
+  // returns, float64 [len(grads)]. Gradients and weights are alike in shape, dtype and layout.
+  library.def("add_penalty_(Tensor(a!)[] grads, Tensor[] weights, float l1, float l2) -> Tensor values");
 }
 
 TORCH_LIBRARY_IMPL(gradkern, CPU, library) {

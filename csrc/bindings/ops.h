@@ -16,6 +16,12 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> clip_(at::TensorList grads, doubl
                                                      const std::optional<at::Tensor>& limit, double eps,
                                                      double clip_value, std::string_view nonfinite);
 
+void apply_(at::TensorList grads, const std::optional<at::Tensor>& rows, const at::Tensor& coef,
+            double clip_value, std::string_view nonfinite);
+
+/// The total of rows `[tensors, kColumns]`, in the bits that `measure` gives it.
+at::Tensor fold_rows(const at::Tensor& rows);
+
 /// The yardsticks of the benchmark. Sum of squares alone, as precisely as `measure` takes it; and a read
 /// of every byte that computes nothing, which is the most that memory allows.
 double measure_sum_sq(at::TensorList grads);

@@ -46,7 +46,9 @@ GRADKERN_DEVICE Stats shuffle_down(const Stats& mine, int distance) {
 /// A tree, most of it in shared memory: shuffles in every warp would make three times as many merges, and
 /// additions of doubles are what consumer GPUs do slowest.
 GRADKERN_DEVICE Stats block_merge(Stats mine) {
-  __shared__ Stats slots[kBlock];
+  // Bytes, because shared memory cannot be initialised, as the members of `Stats` would be.
+  alignas(Stats) __shared__ unsigned char bytes[kBlock * sizeof(Stats)];
+  Stats* const slots = reinterpret_cast<Stats*>(bytes);
   const int thread = threadIdx.x;
   slots[thread] = mine;
   for (int half = kBlock / 2; half >= kWarp; half /= 2) {

@@ -9,6 +9,7 @@ import pytest
 SCRIPT = Path(__file__).parents[2] / "examples" / "long_sequences.py"
 
 
+@pytest.mark.skipif(not SCRIPT.exists(), reason="the examples are in the repository only")
 def test_the_network_learns_while_it_reads(capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("pydoc_data.topics")
     main = runpy.run_path(str(SCRIPT))["main"]

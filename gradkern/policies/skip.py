@@ -36,9 +36,9 @@ class SkipSpike(Policy):
     absolute deviation (``method="mad"``). A loss that is not finite is a spike.
 
     Sources: the step-skipping optimizer of OLMo-core (6 σ of the last 128); Megatron-LM's fixed threshold on
-    the norm; robust z-scores as in Iglewicz, Hoaglin 1993. Unlike some of these it looks upwards only, so that
-    a sudden *improvement* is no spike; a skipped step does not enter the history; and a history that hardly
-    varies counts as varying by `least_spread`, or every rounding difference would be a spike.
+    the norm; robust z-scores as in Iglewicz, Hoaglin 1993. Unlike some of these it looks upwards only, so
+    that a sudden *improvement* is no spike; a skipped step does not enter the history; and a history that
+    hardly varies counts as varying by `least_spread`, or every rounding difference would be a spike.
 
     When not to use it: as the only protection. It knows nothing until `warmup` steps are in, and cannot
     tell a lasting change of level (another data set, a learning-rate restart) from a spike: it then skips

@@ -1,0 +1,11 @@
+"""The record of a training run: scalars of every step, rows of every parameter, and what happened.
+
+Needs numpy. Nothing in gradkern that clips or measures imports this package.
+"""
+
+from __future__ import annotations
+
+from gradkern.record.memory import MemoryRecord
+from gradkern.record.schema import Record, Recorder
+
+__all__ = ["MemoryRecord", "Record", "Recorder"]

@@ -71,8 +71,7 @@ def apply_(
         return
     grads = seen.collect()
     if unit_coef is not None:
-        units = [unit for grad in grads for unit in (grad.unbind(0) if grad.dim() > 1 else (grad,))]
-        ops.apply_(units, None, unit_coef, math.inf, nonfinite)
+        ops.apply_units_(grads, unit_coef, math.inf, nonfinite)
         rows = torch.full_like(rows, math.inf)  # what is left is not known without another read
     if isinstance(bound, float):
         ops.apply_(grads, rows, coef, bound, nonfinite)

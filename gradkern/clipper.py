@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -277,6 +278,8 @@ class Clipper:
         steps, skipped, _ = tally.counts.unbind()
         numbers["clipped_fraction"] = tally.clipped.sum() / steps.clamp(1, WINDOW)
         numbers |= {"skipped_steps": skipped, "steps": steps}
+        if self._stepper.max_norm < math.inf:
+            numbers["threshold"] = torch.full_like(stats.norm, self._stepper.max_norm)
         numbers |= {word: info[word] for word in ("threshold", "z") if word in info and info[word].dim() == 0}
         values = torch.stack([number.to(torch.float64) for number in numbers.values()]).tolist()
         return dict(zip(numbers, values, strict=True))

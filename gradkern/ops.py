@@ -115,6 +115,21 @@ def apply_(
         apply(part, part_rows, part_coef.to(device), clip_value, nonfinite)
 
 
+def unit_sums(tensors: Sequence[Tensor]) -> Tensor:
+    """As `reference.unit_sums`, of tensors on one device."""
+    if tensors and all(map(_has_unit_kernel, tensors)):
+        sums: Tensor = torch.ops.gradkern.unit_sums(tensors)
+        return sums
+    return reference.unit_sums(tensors)
+
+
+def apply_units_(grads: Sequence[Tensor], coef: Tensor, clip_value: float, nonfinite: str) -> None:
+    """As `reference.apply_units_`, of gradients on one device."""
+    has_kernel = grads and all(map(_has_unit_kernel, grads))
+    apply = torch.ops.gradkern.apply_units_ if has_kernel else reference.apply_units_
+    apply(grads, coef, clip_value, nonfinite)
+
+
 def _picked(rows: Tensor, indices: Sequence[int]) -> Tensor:
     """Some rows. Not by an index tensor, which would be copied to the device."""
     apart = rows.unbind()
@@ -145,6 +160,12 @@ def _has_kernel(grad: Tensor) -> bool:
         and not params.has_gaps(grad)
         and _is_known(grad)
     )
+
+
+def _has_unit_kernel(tensor: Tensor) -> bool:
+    """Whether its units, too, lie one behind the other."""
+    in_order = tensor.dim() < 2 or tensor.numel() == 0 or tensor.stride(0) * len(tensor) == tensor.numel()
+    return in_order and _has_kernel(tensor)
 
 
 def _is_known(grad: Tensor) -> bool:
@@ -192,7 +213,17 @@ def _fake_apply_(
     return None
 
 
+def _fake_unit_sums(tensors: list[Tensor]) -> Tensor:
+    return tensors[0].new_empty(sum(map(reference.unit_count, tensors)), dtype=torch.float64)
+
+
+def _fake_apply_units_(grads: list[Tensor], coef: Tensor, clip_value: float, nonfinite: str) -> None:
+    return None
+
+
 if native is not None:
     torch.library.register_fake("gradkern::measure", _fake_measure)
     torch.library.register_fake("gradkern::clip_", _fake_clip_)
     torch.library.register_fake("gradkern::apply_", _fake_apply_)
+    torch.library.register_fake("gradkern::unit_sums", _fake_unit_sums)
+    torch.library.register_fake("gradkern::apply_units_", _fake_apply_units_)

@@ -124,6 +124,59 @@ def apply_(
             _write(grad, factor, clip_value, nonfinite)
 
 
+def unit_count(tensor: Tensor) -> int:
+    """Units of a tensor: its slices along dim 0 if it has two or more dimensions, else the whole of it."""
+    return len(tensor) if tensor.dim() > 1 else 1
+
+
+@torch.no_grad()
+def unit_sums(tensors: Sequence[Tensor]) -> Tensor:
+    """Sum of the squares of the finite elements of each unit, those of all tensors in one: float64 `[units]`.
+
+    >>> unit_sums([torch.tensor([[3.0, 4.0], [1.0, float("inf")]]), torch.tensor([2.0, 1.0])]).tolist()
+    [25.0, 1.0, 5.0]
+    """
+    sums = []
+    for tensor in tensors:
+        for piece in _unit_pieces(tensor):
+            square = _magnitude(piece).square()
+            finite = torch.where(square < math.inf, square, 0.0)
+            sums.append(finite.reshape(unit_count(piece), piece.numel() // max(1, unit_count(piece))).sum(1))
+    return torch.cat(sums) if sums else torch.zeros(0, dtype=torch.float64)
+
+
+@torch.no_grad()
+def apply_units_(grads: Sequence[Tensor], coef: Tensor, clip_value: float, nonfinite: str) -> None:
+    """As `apply_`, with a coefficient for each unit, float64 `[units]`.
+
+    >>> grad = torch.tensor([[3.0, 4.0], [1.0, 2.0]])
+    >>> apply_units_([grad], torch.tensor([0.5, 1.0], dtype=torch.float64), math.inf, "keep")
+    >>> grad
+    tensor([[1.5000, 2.0000],
+            [1.0000, 2.0000]])
+    """
+    can_skip = clip_value == math.inf and nonfinite != "zero" and is_readable(coef)
+    first = 0
+    for grad in grads:
+        for piece in _unit_pieces(grad):
+            part = coef.narrow(0, first, unit_count(piece))
+            first += unit_count(piece)
+            if not (can_skip and bool((part == 1).all())):
+                _assign(piece, _clipped(piece, _per_unit(part, piece), clip_value, nonfinite))
+
+
+def _per_unit(coef: Tensor, piece: Tensor) -> Tensor:
+    """A coefficient for each unit in a shape that multiplies the units."""
+    return coef.view(-1, *[1] * (piece.dim() - 1)) if piece.dim() > 1 else coef.view(())
+
+
+def _unit_pieces(tensor: Tensor) -> Sequence[Tensor]:
+    """Views of whole units that together cover `tensor`, each of limited size if its units are."""
+    if tensor.dim() < 2 or tensor.numel() == 0:
+        return (tensor,)
+    return torch.split(tensor, max(1, SLICE_NUMEL * len(tensor) // tensor.numel()))
+
+
 @torch.no_grad()
 def power_norm(grads: Sequence[Tensor], total: Tensor, order: float) -> Tensor:
     """The norm of any order of all elements together: 0-dim float64, torch's answer for NaN and Inf.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
@@ -13,8 +14,8 @@ from gradkern import ops, reference
 from gradkern.apply import Seen
 from gradkern.backward import BackwardRows
 from gradkern.clip import raise_nonfinite
-from gradkern.params import Names, Params, check, collect
-from gradkern.policies import Decision, Layout, Measured, Policy, State, all_finite, unit_sums
+from gradkern.params import Names, Params, check, collect, describe
+from gradkern.policies import Decision, Layout, Measured, Policy, State, Units, all_finite
 from gradkern.stats import GradStats, least
 from gradkern.tally import Tally
 from gradkern.tracked import Tracked
@@ -68,6 +69,7 @@ class Stepper:
         self.last: GradStats | None = None
         self.info: Mapping[str, Tensor] = {}
         self._clip = policy.as_clip()
+        self.max_norm = math.inf if self._clip is None else self._clip[0]  # where it is known beforehand
         self._last_present: tuple[list[int], Tensor] | None = None
         device = next((param.device for param in self.tracked.params if param.device.type != "cpu"), None)
         self._lay_out(torch.device("cpu") if device is None or device.type == "mps" else device)
@@ -125,7 +127,7 @@ class Stepper:
         clipped = coef < 1
         if clip_value < math.inf:
             clipped = clipped | (total[1] * coef > clip_value)
-        self.info = {} if max_norm == math.inf else {"threshold": torch.full_like(coef, max_norm)}
+        self.info = {}
         self.tally.record(clipped, None)
         self.last = stats
         return stats
@@ -243,18 +245,20 @@ class Stepper:
         needs = self.policy.needs
         if needs.rows or needs.units:  # after coefficients per unit, rows tell what is left of a tensor
             measured = measured._replace(rows=self._spread(rows, seen.present))
+        if not (needs.weight_rows or needs.units):
+            return measured
         weights = [param.detach() for param in self.tracked.params]
         if needs.weight_rows:
             measured = measured._replace(weight_rows=ops.measure(weights)[0])
         if needs.units:
             grads = seen.collect()
+            _check_units(self.policy, seen.names, grads)
             present = range(len(grads)) if seen.present is None else seen.present
             found = dict(zip(present, grads, strict=True))
             full = [found.get(index, torch.zeros_like(weight)) for index, weight in enumerate(weights)]
-            units = unit_sums(full, weights)
-            if factor is not None:
-                units = units._replace(grad_sum_sq=units.grad_sum_sq * factor.square())
-            measured = measured._replace(units=units)
+            sums = ops.unit_sums(full)
+            sums = sums if factor is None else sums * factor.square()
+            measured = measured._replace(units=Units(sums, ops.unit_sums(weights), self._unit_ends))
         return measured
 
     def _for_present(
@@ -301,22 +305,34 @@ class Stepper:
 
     def _move(self, device: torch.device) -> None:
         """Lay out anew, for other parameters or another device; histories and counts go along."""
+        if self._layout(device) == self.state.layout:
+            self._measure_in_backward()
+            return
         saved = self.state_dict() if self.state.layout.device.type != "meta" else None
         self._lay_out(device)
         if saved is not None:
             self.load_state_dict(saved, strict=False)
 
     def _lay_out(self, device: torch.device) -> None:
-        items = self.tracked.items
-        shapes = tuple(tuple(param.shape) for _, param in items)
-        layout = Layout(tuple(name for name, _ in items), shapes, device)
+        layout = self._layout(device)
         self.state: State = self.policy.init(layout)  # may raise
         self.tally = Tally(device)
         self._labels: list[str | None] = list(layout.names)
-        self._owners = layout.unit_tensor() if self.policy.needs.units else None
+        if self.policy.needs.units:
+            self._owners = layout.unit_tensor()
+            ends = list(accumulate(layout.unit_counts(), initial=0))
+            self._unit_ends = torch.tensor(ends, dtype=torch.int64, device=device)
         self._last_present = None
+        self._measure_in_backward()
+
+    def _layout(self, device: torch.device) -> Layout:
+        items = self.tracked.items
+        names = tuple(name for name, _ in items)
+        return Layout(names, tuple(tuple(param.shape) for _, param in items), device)
+
+    def _measure_in_backward(self) -> None:
         if self.backward is not None:
-            self.backward.follow(items)
+            self.backward.follow(self.tracked.items)
 
 
 def _is_clipped(stats: GradStats, decision: Decision) -> Tensor:
@@ -330,6 +346,16 @@ def _is_clipped(stats: GradStats, decision: Decision) -> Tensor:
         peaks = stats.per_tensor.abs_max if per_tensor else stats.abs_max
         clipped = clipped | (peaks * (1.0 if coef is None else coef) > bound).any()
     return clipped
+
+
+def _check_units(policy: Policy, names: Names, grads: Sequence[Tensor]) -> None:
+    for row, grad in enumerate(grads):
+        if grad.layout != torch.strided:
+            raise TypeError(
+                f"Clipper: gradient of '{names[row]}' ({describe(grad)}) is sparse, but {policy!r} looks at "
+                "its units one by one; gradkern needs a dense one for that.\nLeave this parameter out, or "
+                "use a policy per tensor."
+            )
 
 
 def _on(loss: Tensor | float | None, like: Tensor) -> Tensor | None:

@@ -37,18 +37,19 @@ class Tally:
 
     def __init__(self, device: torch.device) -> None:
         self.counts = torch.zeros(3, dtype=torch.int64, device=device)
-        self.clipped = torch.zeros(WINDOW, dtype=torch.int64, device=device)
+        self.clipped = torch.zeros(WINDOW, dtype=torch.bool, device=device)
+        self._steps, self._skipped, self._consecutive = (
+            self.counts.narrow(0, place, 1) for place in range(3)
+        )
         self._pending: deque[tuple[Tensor, torch.cuda.Event | None, GradStats]] = deque()
 
     def record(self, clipped: Tensor, skip: Tensor | None) -> None:
         """Count a step: whether it was clipped, and whether it is skipped; 0-dim bool."""
-        steps, skipped, consecutive = (self.counts.narrow(0, place, 1) for place in range(3))
-        slot = torch.remainder(steps, WINDOW)
-        self.clipped.scatter_(0, slot, clipped.to(torch.int64).reshape(1))
-        steps.add_(1)
+        self.clipped.scatter_(0, torch.remainder(self._steps, WINDOW), clipped.reshape(1))
+        self._steps.add_(1)
         if skip is not None:
-            skipped.add_(skip)
-            consecutive.add_(1).mul_(skip)
+            self._skipped.add_(skip)
+            self._consecutive.add_(1).mul_(skip)
 
     def late(self, stats: GradStats) -> Report | None:
         """Hand in how things stand now; get how they stood `LAG` steps ago.

@@ -33,6 +33,7 @@ class Tracked:
         self._listed = [] if self._module is not None else _listed(params, function)
         self._containers: list[object] = []  # what was looked at, and below what was found in it
         self._found: list[object] = []
+        self._settled = False
         self.items: list[Item] = []
         self.excluded: list[Item] = []
         self.refresh()
@@ -63,14 +64,14 @@ class Tracked:
 
     def refresh(self) -> bool:
         """Look again where parameters come from. True if some came or went, or were replaced."""
-        if self._found and _is_unchanged(self._sources(), self._found):
+        if self._settled and _is_unchanged(self._sources(), self._found):
             return False
         self._look()
         return True
 
     def forget(self) -> None:
         """Let the next `refresh` find everything new."""
-        self._found = []
+        self._settled = False
 
     def _sources(self) -> list[object]:
         """The containers whose contents decide, cheap to compare: no parameter is named."""
@@ -87,10 +88,10 @@ class Tracked:
         else:
             self.items, self.excluded = self._stepped(self.optimizer, known)
         self._found = list(chain.from_iterable(map(_contents, self._sources())))
+        self._settled = True
 
     def _known(self) -> list[Item]:
         if self._module is None:
-            self._containers = [self._listed]
             return self._listed
         modules = list(self._module.modules())
         self._containers = [held for module in modules for held in (module._parameters, module._modules)]

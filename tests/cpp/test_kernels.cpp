@@ -311,8 +311,8 @@ constexpr struct {
 
 Gradient unit_of(const Gradient& gradient, int64_t unit, int64_t numel) {
   Gradient part(gradient.dtype(), numel);
-  memcpy(part.begin(), gradient.begin() + unit * numel * data::bytes(gradient.dtype()),
-         numel * data::bytes(gradient.dtype()));
+  const int64_t bytes = numel * data::bytes(gradient.dtype());
+  if (bytes > 0) memcpy(part.begin(), gradient.begin() + unit * bytes, bytes);
   return part;
 }
 

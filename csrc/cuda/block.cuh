@@ -41,7 +41,8 @@ GRADKERN_DEVICE Stats shuffle_down(const Stats& mine, int distance) {
   return other;
 }
 
-/// Merges the `Stats` of all threads of the block. The result is valid in thread 0 only.
+/// Merges the `Stats` of all threads of the block. The result is valid in thread 0 only. Two calls need a
+/// barrier between them.
 ///
 /// A tree, most of it in shared memory: shuffles in every warp would make three times as many merges, and
 /// additions of doubles are what consumer GPUs do slowest.
@@ -61,7 +62,6 @@ GRADKERN_DEVICE Stats block_merge(Stats mine) {
       mine = merge(mine, shuffle_down(mine, distance));
     }
   }
-  __syncthreads();  // the slots may be written again
   return mine;
 }
 

@@ -319,7 +319,6 @@ cudaError_t load_kernels(bool large_arguments) {
 /// Finds out about `device`, or returns why it cannot be used. With the state locked.
 std::string prepare(int index, Device& device) {
   if (device.ready) return "";
-  const BesideCapture beside;
   int count = 0;
   const cudaError_t counted = cudaGetDeviceCount(&count);
   if (counted != cudaSuccess) return driver_problem(counted);
@@ -327,6 +326,7 @@ std::string prepare(int index, Device& device) {
   if (index < 0 || index >= count)
     return "there is no " + name + ": CUDA sees " + std::to_string(count) + " devices.";
 
+  const BesideCapture beside;
   const DeviceGuard guard(index);
   int major = 0, minor = 0, driver = 0;
   check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, index),

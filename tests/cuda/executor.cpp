@@ -18,6 +18,7 @@ namespace {
 constexpr size_t kArenaBytes = size_t{1} << 25;
 constexpr size_t kStackBytes = size_t{1} << 16;
 constexpr size_t kResidentBlocks = 4;
+constexpr int64_t kMostAccesses = 50'000'000;
 constexpr unsigned kAccessesPerSwitch = 97;  // on average, beside the switches at barriers and the like
 
 // ---- Who has seen what
@@ -115,6 +116,7 @@ void* scheduler_stack_pointer = nullptr;
 int grid_size = 0, block_size = 0;
 std::minstd_rand random_engine;
 unsigned until_switch = 0;
+int64_t accesses = 0;
 std::vector<std::pair<const void*, SharedClock>> atomics;
 Traffic* traffic = nullptr;
 std::string failure;
@@ -273,9 +275,10 @@ void check(const char* address, size_t bytes, Access access) {
     record(cell, access);
   }
   if (address >= traffic->begin && address < traffic->end) {
-    if (access == Access::kRead) traffic->read += static_cast<int64_t>(bytes);
-    if (access == Access::kWrite) traffic->written += static_cast<int64_t>(bytes);
+    (access == Access::kRead ? traffic->read_bytes : traffic->written_bytes) += static_cast<int64_t>(bytes);
+    if (traffic->first < 0) traffic->first = address - traffic->begin;
   }
+  if (++accesses > kMostAccesses) fail("endless: too many accesses for any launch of the tests");
   if (--until_switch == 0) {
     until_switch = 1 + draw(2 * kAccessesPerSwitch);
     yield();
@@ -499,6 +502,7 @@ std::string launch(const std::function<void()>& to_run, int grid, int block, uin
   until_switch = 1 + draw(2 * kAccessesPerSwitch);
   traffic = counted;
   failure.clear();
+  accesses = 0;
   atomics.clear();
   // An earlier launch lies in the past of this one.
   std::fill(arena_shadow.cells, arena_shadow.cells + arena_used / 2, Cell{});

@@ -78,11 +78,12 @@ void* allocate(const char* name, size_t bytes, size_t misalignment, const void* 
 /// Copies device memory to the host. False if some of it was never written.
 bool read(const void* device, void* host, size_t bytes);
 
-/// Bytes that launches read from and wrote to device memory between two addresses.
+/// What launches read from and wrote to device memory between two addresses.
 struct Traffic {
-  const void* begin = nullptr;
-  const void* end = nullptr;
-  int64_t read = 0, written = 0;
+  const char* begin = nullptr;
+  const char* end = nullptr;
+  int64_t read_bytes = 0, written_bytes = 0;
+  int64_t first = -1;  ///< where the first access of all was, in bytes from `begin`
 };
 
 /// Runs a kernel to its end and returns an empty string, or says what stopped it. `kernel` is called by every

@@ -43,7 +43,7 @@ struct Case {
   double* sums;  // [units of all tensors]
   int64_t* counts;
   double* values;
-  int64_t bytes_read, bytes_written;  // of gradients and weights
+  int64_t bytes_read, bytes_written, first;  // of gradients and weights, as in executor::Traffic
 };
 
 template <class T>
@@ -101,7 +101,7 @@ struct Run {
       for (int64_t t = 0; t < c.tensor_count; ++t)
         place(c.tensors[t].weights, t, c.tensors[t].weights_misalignment);
     }
-    traffic.begin = data.empty() ? nullptr : data.front();
+    traffic.begin = data.empty() ? nullptr : static_cast<char*>(data.front());
     traffic.end = unwritten<char>("behind the tensors", 1);
 
     plan.chunks = upload("chunks", chunks.data(), chunks.size());
@@ -150,8 +150,9 @@ struct Run {
     for (int64_t i = 0; i < c.launches && problem.empty(); ++i) {
       problem = launch(c, args, addresses, c.seed + i, &traffic);
     }
-    c.bytes_read = traffic.read;
-    c.bytes_written = traffic.written;
+    c.bytes_read = traffic.read_bytes;
+    c.bytes_written = traffic.written_bytes;
+    c.first = traffic.first;
     for (int64_t t = 0; t < c.tensor_count; ++t) {
       fetch("a gradient", data[t], static_cast<char*>(c.tensors[t].data), c.tensors[t].numel * width(t));
     }

@@ -412,6 +412,7 @@ cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, const void* function) {
 }
 cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode* mode) {
   CALL();
+  if (world().setting.count != cudaSuccess) return world().setting.count;
   std::swap(*mode, world().mode);
   return cudaSuccess;
 }

@@ -21,7 +21,7 @@ Steps: TypeAlias = npt.NDArray[np.int64]
 """``[k]``, strictly growing."""
 
 Values: TypeAlias = npt.NDArray[np.float64]
-"""``[k]``, one value for each step. NaN and Inf are values like any other; a step without one is not there."""
+"""``[k]``, one value for each step. NaN and Inf are values like any other; steps without one are left out."""
 
 Rows: TypeAlias = npt.NDArray[np.float32]
 """``[k, n]``, a row for each step, a column for each name. NaN where a name was not measured at that step."""
@@ -34,7 +34,7 @@ EXPONENT_COLUMNS: Final = 64
 SCALARS: Final[Mapping[str, str]] = {
     "loss": "the loss as it was handed in",
     "lr": "learning rate, the largest of the parameter groups",
-    "grad_norm": "2-norm of all gradients before clipping as torch gives it, NaN or Inf if they are not finite",
+    "grad_norm": "2-norm of all gradients before clipping as torch gives it: not finite if they are not",
     "grad_finite_norm": "2-norm of the finite elements of all gradients before clipping",
     "grad_clipped_norm": "2-norm of all gradients after clipping",
     "clip_coef": "what the gradients were multiplied by, 1 where nothing was clipped",
@@ -111,7 +111,7 @@ class Record(Protocol):
         ...
 
     def rows(self, kind: str) -> tuple[Steps, Rows]:
-        """Steps int64 ``[k]`` and values float32 ``[k, n]`` of one of `KINDS`, columns as in `names(kind)`."""
+        """Steps int64 ``[k]`` and values float32 ``[k, n]`` of one of `KINDS`, columns as `names(kind)`."""
         ...
 
     def names(self, kind: str) -> list[str]:

@@ -62,7 +62,7 @@ test-cpp: .venv/installed
 test-reference: .venv/installed
 	rm -rf build/reference build/lib*
 	GRADKERN_BUILD=0 $(BIN)/python -m pip install --quiet --no-build-isolation --no-deps --target build/reference .
-	cp -R tests conftest.py pyproject.toml build/reference
+	cp -R tests benchmarks conftest.py pyproject.toml build/reference
 	cd build/reference && GRADKERN_EXPECT=reference python -m pytest -m "not slow and not packaging"
 
 check: .venv/installed

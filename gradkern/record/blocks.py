@@ -41,7 +41,7 @@ def decode_steps(data: bytes | None, first: int, last: int, count: int) -> Steps
 def encode(values: npt.NDArray[Any], *, pack: bool) -> tuple[int, bytes]:
     """A code and the bytes of `values`, of 4 or 8 bytes each. Packing takes time."""
     values = np.ascontiguousarray(values, values.dtype.newbyteorder("<"))
-    if pack:
+    if pack and values.size:
         return PACKED, zlib.compress(values.view(np.uint8).reshape(values.size, -1).T.tobytes(), 1)
     # By their bits, so that -0 and every NaN come back as they were.
     bits = values.reshape(-1).view(f"<u{values.itemsize}")

@@ -154,7 +154,7 @@ class MemoryRecord:
         columns = join(old, new)
         self._written[kind] = len(new)
         self._names[kind] = columns
-        if columns == old:
+        if columns == old and kind in self._rows:
             return
         before = self._rows.get(kind)
         inner = (EXPONENT_COLUMNS,) if kind == EXPONENTS else ()

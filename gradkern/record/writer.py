@@ -50,8 +50,8 @@ class Writer:
 
     Scalars are kept of every step. Of each kind of rows at most 60,000 are: when there are more, the distance
     of steps doubles and every second row goes. Rows of the 256 steps up to an incident and of the 32 steps
-    the largest kind is thinned further, an early incident is given up, at last the scalars are thinned.
-    largest kind is thinned further, an early incident is given up, or at last the scalars are thinned.
+    after it are all kept, for the first 8 incidents and the latest 24. Where that goes beyond `max_bytes`,
+    the largest kind is thinned further, or an early incident is given up; scalars are thinned at last.
 
     A file that is there already goes on. If the first step comes before its last, what the file holds from
     that step on is replaced. Give each run its own path.

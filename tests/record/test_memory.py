@@ -1,0 +1,83 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from gradkern.record import MemoryRecord
+
+
+def test_the_latest_steps_of_a_scalar_are_kept() -> None:
+    record = MemoryRecord(max_steps=10)
+    for step in range(95):
+        record.put_scalars(step, {"loss": step})
+    assert record.scalar("loss")[1].tolist() == list(range(85, 95))
+
+
+def test_the_latest_rows_are_kept() -> None:
+    record = MemoryRecord(max_rows=10)
+    record.set_names("grad_norm", ["a"])
+    for step in range(95):
+        record.put_rows("grad_norm", step, [step])
+    assert record.rows("grad_norm")[1][:, 0].tolist() == list(range(85, 95))
+
+
+def test_large_rows_are_kept_within_max_bytes() -> None:
+    record = MemoryRecord(max_bytes=4000 * 20)
+    record.set_names("grad_norm", [str(i) for i in range(1000)])
+    for step in range(50):
+        record.put_rows("grad_norm", step, np.zeros(1000))
+    assert record.rows("grad_norm")[1].nbytes == 4000 * 20
+
+
+def test_eight_rows_are_kept_however_large_they_are() -> None:
+    record = MemoryRecord(max_bytes=1)
+    record.set_names("grad_norm", [str(i) for i in range(1000)])
+    for step in range(50):
+        record.put_rows("grad_norm", step, np.zeros(1000))
+    assert record.rows("grad_norm")[0].tolist() == list(range(42, 50))
+
+
+def test_later_records_do_not_change_an_array_that_was_given() -> None:
+    record = MemoryRecord(max_steps=16)
+    for step in range(16):
+        record.put_scalars(step, {"loss": step})
+    steps, values = record.scalar("loss")
+    for step in range(16, 100):
+        record.put_scalars(step, {"loss": step})
+    assert steps.tolist() == values.tolist() == list(range(16))
+
+
+def test_going_back_does_not_change_an_array_that_was_given() -> None:
+    record = MemoryRecord()
+    for step in range(8):
+        record.put_scalars(step, {"loss": step})
+    _, values = record.scalar("loss")
+    record.put_scalars(2, {"loss": 20})
+    assert values.tolist() == list(range(8))
+
+
+def test_arrays_cannot_be_written_to() -> None:
+    record = MemoryRecord()
+    record.put_scalars(0, {"loss": 1})
+    with pytest.raises(ValueError, match="read-only"):
+        record.scalar("loss")[1][0] = 2
+
+
+def test_meta_that_was_given_can_be_changed_without_changing_the_record() -> None:
+    record = MemoryRecord()
+    record.set_meta({"clip": {"threshold": 1.0}})
+    record.meta["clip"]["threshold"] = 2.0
+    assert record.meta == {"clip": {"threshold": 1.0}}
+
+
+def test_of_very_many_events_the_first_and_the_latest_are_kept() -> None:
+    record = MemoryRecord()
+    for step in range(10_000):
+        record.put_event(step, "skip")
+    steps = [event["step"] for event in record.events]
+    assert steps == [*range(1024), *range(10_000 - 3072, 10_000)]
+
+
+def test_a_limit_that_is_not_positive_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"MemoryRecord: max_rows must be positive, got 0\."):
+        MemoryRecord(max_rows=0)

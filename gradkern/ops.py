@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 import json
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,12 @@ def _load() -> tuple[Any, str]:
     return extension, ""
 
 
+def _cuda_missing() -> str:
+    """Why the extension has no CUDA kernels."""
+    record = json.loads(Path(__file__).with_name("_build.json").read_text())
+    return f"its CUDA kernels were not built: {record.get('cuda_reason') or 'they were left out'}"
+
+
 native, _missing = _load()
 if native is None and "GRADKERN_BUILD=0" not in _missing:
     warnings.warn(
@@ -52,12 +58,52 @@ elif native is not None and native.isa_problem() is not None:
 
 
 def backend() -> str:
-    """What computes gradients on the CPU: `cpu avx512`, `cpu avx2`, `cpu portable`, or `reference` and why.
+    """What computes gradients: `cpu avx512`, `cpu avx2`, `cpu portable`, or `reference` and why.
+
+    Where torch can use a GPU, also whether gradkern's kernels can: `cpu avx512, cuda sm_90`, or
+    `cpu avx512, no cuda` and why. Where it cannot, `cpu avx512, cuda compiled` if they are in the build.
 
     >>> gradkern.backend().split()[0] in ("cpu", "reference:")
     True
     """
-    return f"reference: {_missing or 'chosen'}" if native is None else f"cpu {native.isa()}"
+    if native is None:
+        return f"reference: {_missing or 'chosen'}"
+    cpu = f"cpu {native.isa()}"
+    if not torch.cuda.is_available():
+        return cpu if native.cuda_compiled_for() is None else f"{cpu}, cuda compiled"
+    device = torch.cuda.current_device()
+    problem = _cuda_problem(device)
+    if problem:
+        return f"{cpu}, no cuda: {problem}"
+    return "{}, cuda sm_{}{}".format(cpu, *torch.cuda.get_device_capability(device))
+
+
+_cuda_problems: dict[int, str] = {}
+
+
+def _find_cuda_problem(device: int) -> str:
+    """Why the kernels cannot work on a CUDA device, and what to do; empty if they can. Warns the first time.
+
+    Where torch has no CUDA only fake tensors say that they are on such a device: they need no driver.
+    """
+    if device not in _cuda_problems:
+        if native.cuda_compiled_for() is None:
+            problem = _cuda_missing()
+        else:
+            problem = native.cuda_problem(device) if torch.cuda.is_available() else ""
+        _cuda_problems[device] = problem
+        if problem:
+            warnings.warn(
+                f"gradkern computes gradients on cuda:{device} with plain PyTorch, which is right but slow, "
+                f"because {problem.removesuffix('.')}.",
+                stacklevel=2,
+            )
+    return _cuda_problems[device]
+
+
+# While a function is compiled it is asked as usual, rather than compiled too.
+_constant: Callable[[Callable[[int], str]], Callable[[int], str]] = torch.compiler.assume_constant_result
+_cuda_problem = _constant(_find_cuda_problem)
 
 
 def measure(grads: Sequence[Tensor]) -> Measured:
@@ -69,7 +115,8 @@ def measure(grads: Sequence[Tensor]) -> Measured:
     rows: list[Tensor] = [torch.empty(0)] * len(grads)
     for has_kernel, indices in groups:
         part, _ = _measure(has_kernel, indices, [grads[index] for index in indices])
-        for index, row in zip(indices, part.to(home).unbind(), strict=True):
+        # From a GPU to another, or to one from the host: neither has to wait.
+        for index, row in zip(indices, part.to(home, non_blocking=True).unbind(), strict=True):
             rows[index] = row
     if not rows:
         return reference.measure([])
@@ -154,12 +201,18 @@ def _groups(grads: Sequence[Tensor]) -> list[tuple[bool, list[int]]]:
 def _has_kernel(grad: Tensor) -> bool:
     return (
         native is not None
-        and grad.device.type == "cpu"
+        and _device_has_kernels(grad.device)
         and grad.layout == torch.strided
         and grad.dtype in _KERNEL_DTYPES
         and not params.has_gaps(grad)
         and _is_known(grad)
     )
+
+
+def _device_has_kernels(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return not _cuda_problem(device.index or 0)
+    return device.type == "cpu"
 
 
 def _has_unit_kernel(tensor: Tensor) -> bool:

@@ -378,7 +378,7 @@ def test_rows_are_on_the_device_of_the_gradients_where_it_has_float64(device: st
 
 
 def test_the_backend_names_the_instruction_set(native: Backend) -> None:
-    assert gradkern.backend() in {"cpu avx512", "cpu avx2", "cpu portable"}
+    assert gradkern.backend().split(",")[0] == f"cpu {native.name}"
 
 
 def test_the_backend_says_why_it_is_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "../cpu/kernels.h"
+#include "cuda_ops.h"
 #include "ops.h"
 
 /// The fast path from a Python list to an operator: no Python object per gradient, and no message either.
@@ -44,11 +45,17 @@ class SeenPointers {
   std::vector<const void*> slots_;
 };
 
-/// A plain dense CPU tensor, without any wrapper, mode bit or lazy view between us and its memory.
+/// A plain dense tensor of a device that has kernels, without any wrapper, mode bit or lazy view between us
+/// and its memory.
 bool is_plain(const at::Tensor& grad) {
   constexpr c10::DispatchKeySet kHarmless =
       c10::autograd_dispatch_keyset_with_ADInplaceOrView | c10::autocast_dispatch_keyset;
-  if ((grad.key_set() - kHarmless) != c10::DispatchKeySet(c10::DispatchKey::CPU)) return false;
+  const c10::DispatchKeySet keys = grad.key_set() - kHarmless;
+  if (keys == c10::DispatchKeySet(c10::DispatchKey::CUDA)) {
+    if (!cuda_usable(grad.device().index())) return false;
+  } else if (keys != c10::DispatchKeySet(c10::DispatchKey::CPU)) {
+    return false;
+  }
   switch (grad.scalar_type()) {
     case at::kFloat:
     case at::kDouble:
@@ -85,7 +92,7 @@ struct Walked {
       const at::Tensor& variable = THPVariable_Unpack(tensor);
       const at::Tensor& grad = items_are_grads ? variable : variable.grad();
       if (!grad.defined()) continue;
-      if (!is_plain(grad)) return false;
+      if (!is_plain(grad) || (!grads.empty() && grad.device() != grads[0].device())) return false;
       if (!seen.insert(grad.unsafeGetTensorImpl())) continue;
       numel += grad.numel();
       grads.push_back(grad);
@@ -101,12 +108,13 @@ struct Walked {
   }
 };
 
-/// Calls `op` below autograd, and without the interpreter's lock where that is worth its price.
+/// Calls `op` below autograd, and without the interpreter's lock where that is worth its price. On CUDA it is
+/// a must: the launch code has a lock of its own, and torch's allocator may want the interpreter's inside it.
 template <class Op>
-auto call(int64_t numel, const Op& op) {
+auto call(const Walked& walked, const Op& op) {
   constexpr int64_t kHoldLockNumel = int64_t{1} << 15;
   at::AutoDispatchBelowADInplaceOrView below_autograd;
-  if (numel <= kHoldLockNumel) return op();
+  if (walked.numel <= kHoldLockNumel && walked.grads[0].is_cpu()) return op();
   py::gil_scoped_release unlocked;
   return op();
 }
@@ -114,7 +122,7 @@ auto call(int64_t numel, const Op& op) {
 py::object measure_items(const py::list& items, bool items_are_grads) {
   Walked walked;
   if (!walked.walk(items, items_are_grads)) return py::none();
-  auto [rows, total] = call(walked.numel, [&] { return measure(walked.grads); });
+  auto [rows, total] = call(walked, [&] { return measure(walked.grads); });
   return py::make_tuple(std::move(rows), std::move(total), walked.present_or_none(items));
 }
 
@@ -123,7 +131,7 @@ py::object clip_items_(const py::list& items, double max_norm, const std::option
   Walked walked;
   if (!walked.walk(items, items_are_grads)) return py::none();
   auto [rows, total, coef] =
-      call(walked.numel, [&] { return clip_(walked.grads, max_norm, limit, eps, clip_value, nonfinite); });
+      call(walked, [&] { return clip_(walked.grads, max_norm, limit, eps, clip_value, nonfinite); });
   return py::make_tuple(std::move(rows), std::move(total), std::move(coef), walked.present_or_none(items));
 }
 
@@ -132,8 +140,20 @@ bool apply_items_(const py::list& items, const std::optional<at::Tensor>& rows, 
                   double clip_value, const std::string& nonfinite, bool items_are_grads) {
   Walked walked;
   if (!walked.walk(items, items_are_grads)) return false;
-  call(walked.numel, [&] { apply_(walked.grads, rows, coef, clip_value, nonfinite); });
+  call(walked, [&] { apply_(walked.grads, rows, coef, clip_value, nonfinite); });
   return true;
+}
+
+/// Whether a gradient is float64, which decides the dtype that torch returns norms in.
+bool any_float64(const py::list& items, bool items_are_grads) {
+  for (const py::handle item : items) {
+    PyObject* const tensor = tensor_of(item.ptr());
+    if (tensor == nullptr) continue;
+    const at::Tensor& variable = THPVariable_Unpack(tensor);
+    const at::Tensor& grad = items_are_grads ? variable : variable.grad();
+    if (grad.defined() && grad.scalar_type() == at::kDouble) return true;
+  }
+  return false;
 }
 
 /// Whether what the lists and dicts `containers` hold, one after the other, is what `values` holds: the same
@@ -158,8 +178,10 @@ bool is_unchanged(const py::list& containers, const py::list& values) {
 
 double measure_norm_only(const py::list& items) {
   Walked walked;
-  if (!walked.walk(items, false)) throw py::value_error("measure_norm_only: only plain CPU gradients");
-  const double sum_sq = call(walked.numel, [&] { return measure_sum_sq(walked.grads); });
+  if (!walked.walk(items, false) || !walked.grads[0].is_cpu()) {
+    throw py::value_error("measure_norm_only: only plain CPU gradients");
+  }
+  const double sum_sq = call(walked, [&] { return measure_sum_sq(walked.grads); });
   return std::sqrt(sum_sq);
 }
 
@@ -190,12 +212,16 @@ PYBIND11_MODULE(_C, module) {
              py::arg("clip_value"), py::arg("nonfinite"), py::arg("items_are_grads") = false);
   module.def("apply_", apply_items_, py::arg("items"), py::arg("rows"), py::arg("coef"),
              py::arg("clip_value"), py::arg("nonfinite"), py::arg("items_are_grads") = false);
+  module.def("any_float64", any_float64, py::arg("items"), py::arg("items_are_grads") = false);
   module.def("fold", fold_rows, py::arg("rows"));
   module.def("is_unchanged", is_unchanged, py::arg("containers"), py::arg("values"));
   module.def("isa", [] { return std::string(gradkern::cpu::kernels().isa); });
   module.def("isas", isas);
   module.def("set_isa", set_isa, py::arg("isa"));
   module.def("isa_problem", [] { return gradkern::cpu::selection_problem(); });
+  module.def("cuda_compiled_for", cuda_compiled_for);
+  module.def("cuda_problem", cuda_problem, py::arg("device"), py::call_guard<py::gil_scoped_release>());
+  module.def("stream_route", stream_route);
   module.def("measure_norm_only", measure_norm_only, py::arg("items"));
   module.def("read_pass", read_pass, py::arg("tensor"));
   module.attr("torch_version") =

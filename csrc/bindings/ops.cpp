@@ -119,13 +119,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> clip_cpu(at::TensorList grads, do
 
 void apply_cpu(at::TensorList grads, const std::optional<at::Tensor>& rows, const at::Tensor& coef,
                double clip_value, std::string_view nonfinite) {
-  const int64_t tensors = static_cast<int64_t>(grads.size());
-  TORCH_CHECK(coef.scalar_type() == at::kDouble && (coef.dim() == 0 || coef.numel() == tensors),
-              "gradkern: apply_ needs float64 coefficients, one or one per gradient (", tensors, "), got ",
-              coef.scalar_type(), " ", coef.sizes());
-  TORCH_CHECK(
-      !rows.has_value() || (rows->scalar_type() == at::kDouble && rows->numel() == tensors * kColumns),
-      "gradkern: apply_ needs rows as measure returns them, float64 [", tensors, ", ", kColumns, "]");
+  check_coef(coef, rows, static_cast<int64_t>(grads.size()));
   const Work work(grads);
   const at::Tensor flat = coef.contiguous();
   const at::Tensor seen = rows.has_value() ? rows->contiguous() : at::Tensor();

@@ -18,13 +18,7 @@ struct UnitWork {
     for (size_t i = 0; i < tensors.size(); ++i) {
       const at::Tensor& tensor = tensors[i];
       spans.push_back(describe(tensor));
-      Units of;
-      of.count = tensor.dim() > 1 ? tensor.size(0) : 1;
-      of.numel = of.count > 0 ? tensor.numel() / of.count : 0;
-      of.first = unit_count;
-      TORCH_CHECK(of.count <= 1 || of.numel == 0 || tensor.stride(0) == of.numel,
-                  "gradkern: the units of a tensor with sizes ", tensor.sizes(), " and strides ",
-                  tensor.strides(), " do not lie one behind the other, so they have no kernel");
+      const Units of = units_of(tensor, unit_count);
       unit_count += of.count;
       numel += tensor.numel();
       const int64_t step = units_per_range(of);
@@ -61,9 +55,7 @@ at::Tensor unit_sums_cpu(at::TensorList tensors) {
 
 void apply_units_cpu(at::TensorList grads, const at::Tensor& coef, double clip_value, std::string_view word) {
   const UnitWork work(grads);
-  TORCH_CHECK(coef.scalar_type() == at::kDouble && coef.numel() == work.unit_count,
-              "gradkern: apply_units_ needs a float64 coefficient for each of ", work.unit_count,
-              " units, got ", coef.scalar_type(), " ", coef.sizes());
+  check_unit_coef(coef, work.unit_count);
   const NonFinite nonfinite = parse_nonfinite(word);
   const at::Tensor flat = coef.contiguous();
   const double* const coefs = flat.const_data_ptr<double>();
@@ -94,14 +86,7 @@ at::Tensor exponents_cpu(at::TensorList grads) {
 }
 
 at::Tensor add_penalty_cpu(at::TensorList grads, at::TensorList weights, double l1, double l2) {
-  TORCH_CHECK(grads.size() == weights.size(), "gradkern: add_penalty_ needs one weight for each of ",
-              grads.size(), " gradients, got ", weights.size());
-  for (size_t i = 0; i < grads.size(); ++i) {
-    TORCH_CHECK(grads[i].sizes() == weights[i].sizes() && grads[i].strides() == weights[i].strides() &&
-                    grads[i].scalar_type() == weights[i].scalar_type(),
-                "gradkern: gradient ", i,
-                " and its weight differ in shape, layout or dtype, so they have no kernel");
-  }
+  check_pairs(grads, weights);
   const Work work(grads), read(weights);
   at::Tensor values = at::empty({static_cast<int64_t>(grads.size())}, at::TensorOptions().dtype(at::kDouble));
   std::vector<double> partials(work.chunks.size());

@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cmath>
+#include <optional>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -82,6 +83,44 @@ void for_ranges(int64_t count, int64_t numel, const Run& run) {
       run(begin, std::min(begin + step, count));
     }
   });
+}
+
+/// The units of a tensor, of which the first has that number.
+inline Units units_of(const at::Tensor& tensor, int64_t first) {
+  Units units;
+  units.count = tensor.dim() > 1 ? tensor.size(0) : 1;
+  units.numel = units.count > 0 ? tensor.numel() / units.count : 0;
+  units.first = first;
+  TORCH_CHECK(units.count <= 1 || units.numel == 0 || tensor.stride(0) == units.numel,
+              "gradkern: the units of a tensor with sizes ", tensor.sizes(), " and strides ",
+              tensor.strides(), " do not lie one behind the other, so they have no kernel");
+  return units;
+}
+
+inline void check_coef(const at::Tensor& coef, const std::optional<at::Tensor>& rows, int64_t tensors) {
+  TORCH_CHECK(coef.scalar_type() == at::kDouble && (coef.dim() == 0 || coef.numel() == tensors),
+              "gradkern: apply_ needs float64 coefficients, one or one per gradient (", tensors, "), got ",
+              coef.scalar_type(), " ", coef.sizes());
+  TORCH_CHECK(
+      !rows.has_value() || (rows->scalar_type() == at::kDouble && rows->numel() == tensors * kColumns),
+      "gradkern: apply_ needs rows as measure returns them, float64 [", tensors, ", ", kColumns, "]");
+}
+
+inline void check_unit_coef(const at::Tensor& coef, int64_t units) {
+  TORCH_CHECK(coef.scalar_type() == at::kDouble && coef.numel() == units,
+              "gradkern: apply_units_ needs a float64 coefficient for each of ", units, " units, got ",
+              coef.scalar_type(), " ", coef.sizes());
+}
+
+inline void check_pairs(at::TensorList grads, at::TensorList weights) {
+  TORCH_CHECK(grads.size() == weights.size(), "gradkern: add_penalty_ needs one weight for each of ",
+              grads.size(), " gradients, got ", weights.size());
+  for (size_t i = 0; i < grads.size(); ++i) {
+    TORCH_CHECK(grads[i].sizes() == weights[i].sizes() && grads[i].strides() == weights[i].strides() &&
+                    grads[i].scalar_type() == weights[i].scalar_type(),
+                "gradkern: gradient ", i,
+                " and its weight differ in shape, layout or dtype, so they have no kernel");
+  }
 }
 
 /// torch's own in-place operators count a write even where it changes nothing; we count those that happened.

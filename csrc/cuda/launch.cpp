@@ -290,9 +290,8 @@ std::string driver_problem(cudaError_t error) {
   cudaDriverGetVersion(&driver);
   const std::string built = "gradkern's kernels were built with CUDA " + version(CUDART_VERSION);
   if (error == cudaErrorInsufficientDriver) {
-    const std::string has = driver == 0 ? "no NVIDIA driver is installed"
-                                        : "the NVIDIA driver is too old: it serves CUDA " + version(driver);
-    return built + ", but " + has +
+    if (driver == 0) return built + ", but no NVIDIA driver is installed: install one to use a GPU.";
+    return built + ", but the NVIDIA driver is too old: it serves CUDA " + version(driver) +
            ". Update the driver, or build gradkern with a CUDA toolkit that it serves.";
   }
   if (error == cudaErrorNoDevice) {

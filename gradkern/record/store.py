@@ -30,8 +30,10 @@ MERGE_BYTES: Final = 512 << 10
 # felt. Always more than the batch brings.
 THIN_BYTES: Final = 4 << 20
 
-# Rows of a kind held in memory for an incident that may come take no more than this.
+# Rows of a kind held in memory for an incident that may come take no more than this, nor than this share of
+# the file, since an incident writes those of all kinds at once.
 RING_BYTES: Final = 16 << 20
+RING_SHARE: Final = 128
 
 MAX_EVENTS: Final = 20_000
 
@@ -72,8 +74,9 @@ class _Tail:
 class _Series:
     """One series: how it is thinned, what waits to be written, and the latest steps at full resolution."""
 
-    def __init__(self, kind: str) -> None:
+    def __init__(self, kind: str, ring_limit: int) -> None:
         self.kind = kind
+        self._ring_limit = ring_limit
         self.dtype = np.dtype({SCALARS: "f8", EXPONENTS: "i4"}.get(kind, "f4"))
         self.inner = (EXPONENT_COLUMNS,) if kind == EXPONENTS else ()
         self.layout = _Layout([])
@@ -107,7 +110,7 @@ class _Series:
             self.wait(self.layout, incident, step, row)
         self.ring.append((step, row, self.layout))
         self.ring_bytes += row.nbytes
-        while self.ring[0][0] <= step - retention.FLIGHT_BEFORE or self.ring_bytes > RING_BYTES:
+        while self.ring[0][0] <= step - retention.FLIGHT_BEFORE or self.ring_bytes > self._ring_limit:
             self.ring_bytes -= self.ring.popleft()[1].nbytes
             if not self.ring:
                 break
@@ -177,17 +180,23 @@ class Store:
         self._flight: tuple[int, int] | None = None  # the latest incident and its last step
         self.latest_step = 0
         # A log that is copied back only now and then takes room beside the file.
-        self._journal_room = min(max_bytes // 8, 32 << 20)
+        self._journal_room = min(max_bytes // 6, 32 << 20)
 
     def open(self) -> None:
         """Open or create the file. RecordError if there is another there; sqlite3.Error, OSError."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        if self.path.is_dir():
+            raise IsADirectoryError(f"Writer: {self.path} is a directory. Name a file, for instance in it.")
         if self.path.exists() and self.path.stat().st_size:
             file.open_for_reading(self.path, "Writer").close()
         self.journal = file.journal_for(self.path)
         connection = file.connect(self.path, write=True, locks=self.journal != "unlocked")
         try:
             connection.execute("PRAGMA cache_size = -4096")
+            # Some builds of SQLite overwrite what is deleted, which would double what thinning writes.
+            connection.execute("PRAGMA secure_delete = OFF")
+            # Some builds move pages so as to give room back, which only the next rows would take again.
+            connection.execute("PRAGMA auto_vacuum = NONE")
             file.set_journal(connection, self.journal)
             with _transaction(connection):
                 if not connection.execute("SELECT 1 FROM sqlite_master").fetchone():
@@ -196,6 +205,7 @@ class Store:
             (page,) = connection.execute("PRAGMA page_size").fetchone()
             connection.execute(f"PRAGMA max_page_count = {(self.max_bytes - self._journal_room) // page}")
             connection.execute(f"PRAGMA journal_size_limit = {self._journal_room // 2}")
+            connection.execute(f"PRAGMA wal_autocheckpoint = {min(1000, self._journal_room // 4 // page)}")
             self._page = page
             self._connection = connection
             self._load()
@@ -257,7 +267,7 @@ class Store:
 
     def _of(self, kind: str) -> _Series:
         if kind not in self._series:
-            self._series[kind] = _Series(kind)
+            self._series[kind] = _Series(kind, min(RING_BYTES, self.max_bytes // RING_SHARE))
         return self._series[kind]
 
     def _come(self, step: int, last: int) -> None:
@@ -329,7 +339,7 @@ class Store:
                 for chunk in series.waiting:
                     self._write_chunk(series, chunk)
             self._write_rest()
-            self._thin(max(THIN_BYTES, 3 * written))
+            self._thin(min(max(THIN_BYTES, 3 * written), self._journal_room // 3))
         self._known = self._claimed = True
         self._cut = None
         self._meta, self._events, self._new_incidents = {}, [], []
@@ -593,7 +603,7 @@ class Store:
             series.number,
             series.thin_until,
         ):
-            if found and (size > MERGE_BYTES or row[1] != found[0][1]):
+            if found and (size + row[2] > min(MERGE_BYTES, self._journal_room // 6) or row[1] != found[0][1]):
                 break
             found.append(row)
             size += row[2]

@@ -158,7 +158,7 @@ class Writer:
             until = self._put
             self._hurry = True
             self._condition.notify_all()
-            self._condition.wait_for(lambda: self._done >= until or not self._thread.is_alive(), timeout)
+            self._condition.wait_for(lambda: self._done >= until or self._stopped is not None, timeout)
             return self._done >= until and self._stopped is None
 
     def close(self, timeout: float = 2.0) -> None:
@@ -284,6 +284,6 @@ class Writer:
     def _stop(self, error: Exception) -> None:
         with self._condition:
             self._stopped = error
-            self._drop(len(self._queue), str(error))
+            self._drop(self._put - self._done, str(error))
             self._queue.clear()
             self._condition.notify_all()

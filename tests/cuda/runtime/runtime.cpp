@@ -211,7 +211,8 @@ struct Launched {
 
   template <class Visit>
   void for_each(Visit visit) const {
-    for (int i = 0; i < plan.chunk_count; ++i) {
+    const int64_t chunks = plan.chunk_count;
+    for (int64_t i = 0; i < chunks; ++i) {
       const Chunk& chunk = plan.chunks[i];
       if (chunk.tensor < 0 || chunk.tensor >= plan.tensor_count || chunk.length < 1 ||
           chunk.length > kChunkNumel) {
@@ -237,7 +238,7 @@ std::vector<std::function<void()>> measuring(const Launched& launched, const Wor
   return {[=] {
             take_tickets(launched, workspace.tickets, plan.tensor_count + 1);
             std::fill(workspace.partials, workspace.partials + plan.chunk_count, Stats{});
-            launched.for_each([&](int i, const Chunk& chunk, int64_t e) {
+            launched.for_each([&](int64_t i, const Chunk& chunk, int64_t e) {
               void* const data = launched.data(chunk);
               const double x = element(data, launched.dtype(chunk), e);
               workspace.partials[i] = merge(workspace.partials[i], stats_of(x));
@@ -281,7 +282,7 @@ std::vector<std::function<void()>> steps_of(const Launched& launched, Kernel ker
     case Kernel::kApply: {
       const ApplyArgs args = *static_cast<const ApplyArgs*>(arguments);
       return {[=] {
-        launched.for_each([&](int, const Chunk& chunk, int64_t e) {
+        launched.for_each([&](int64_t, const Chunk& chunk, int64_t e) {
           const TensorPlan& tensor = plan.tensors[chunk.tensor];
           const int64_t at = args.scope == CoefScope::kGlobal   ? 0
                              : args.scope == CoefScope::kTensor ? chunk.tensor
@@ -296,7 +297,7 @@ std::vector<std::function<void()>> steps_of(const Launched& launched, Kernel ker
       const UnitSumsArgs args = *static_cast<const UnitSumsArgs*>(arguments);
       return {[=] {
                 take_tickets(launched, args.tickets, plan.tensor_count);
-                launched.for_each([&](int, const Chunk& chunk, int64_t e) {
+                launched.for_each([&](int64_t, const Chunk& chunk, int64_t e) {
                   const TensorPlan& tensor = plan.tensors[chunk.tensor];
                   double& sum = args.sum_sq[tensor.first_unit + e / tensor.unit_numel];
                   sum = e % tensor.unit_numel == 0 ? 0 : sum;
@@ -309,7 +310,7 @@ std::vector<std::function<void()>> steps_of(const Launched& launched, Kernel ker
     case Kernel::kExponents: {
       const ExponentsArgs args = *static_cast<const ExponentsArgs*>(arguments);
       return {[=] {
-        launched.for_each([&](int, const Chunk& chunk, int64_t e) {
+        launched.for_each([&](int64_t, const Chunk& chunk, int64_t e) {
           const double x = element(launched.data(chunk), launched.dtype(chunk), e);
           const int column = x == 0 ? kZeroColumn : kFirstExponentColumn + std::ilogb(x) - kFirstExponent;
           ++args.counts[kExponentColumns * chunk.tensor + column];
@@ -321,7 +322,7 @@ std::vector<std::function<void()>> steps_of(const Launched& launched, Kernel ker
       return {[=] {
                 take_tickets(launched, args.tickets, plan.tensor_count);
                 std::fill(args.values, args.values + plan.tensor_count, 0.0);
-                launched.for_each([&](int, const Chunk& chunk, int64_t e) {
+                launched.for_each([&](int64_t, const Chunk& chunk, int64_t e) {
                   const DType dtype = launched.dtype(chunk);
                   const double w = element(launched.data(chunk, 1), dtype, e);
                   const double g = element(launched.data(chunk), dtype, e);

@@ -152,6 +152,95 @@ def raise_nonfinite(function: str, stats: GradStats, remedy: str) -> None:
     raise error
 
 
+class Gradients:
+    """The gradients behind a list of items, to measure and write.
+
+    Where all are plain they are walked in C++, without a Python object for each. Else, and under
+    `torch.compile`, they are collected here, and checked before anything is written.
+
+    Attributes:
+        names: of those that have a row; there once they have been measured.
+    """
+
+    __slots__ = ("_device", "_function", "_grads", "_items", "_of_grads", "names")
+
+    names: Names
+    _device: torch.device
+
+    def __init__(self, items: list[object], function: str, of_grads: bool = False) -> None:
+        self._items = items
+        self._function = function
+        self._of_grads = of_grads
+        self._grads: list[Tensor] | None = None
+
+    def measure(self, *, writes: bool, by_value: bool = False) -> ops.Measured:
+        """Rows and total. `writes`, `by_value`: what is going to happen to them, for the checks."""
+        if _can_walk():
+            found = ops.native.measure(self._items, self._of_grads)
+            if found is not None:
+                rows, total, present = found
+                self._name(present, rows)
+                return rows, total
+        grads = self.collect(writes=writes, by_value=by_value)
+        with torch.no_grad():
+            return ops.measure(grads)
+
+    def clip_(
+        self,
+        max_norm: float,
+        limit: Tensor | None,
+        eps: float,
+        clip_value: float,
+        nonfinite: str,
+        writes: bool = True,
+    ) -> ops.Clipped:
+        """Rows, total and coefficient, as `ops.clip_`."""
+        if _can_walk():
+            found = ops.native.clip_(self._items, max_norm, limit, eps, clip_value, nonfinite, self._of_grads)
+            if found is not None:
+                rows, total, coef, present = found
+                self._name(present, rows)
+                return rows, total, coef
+        grads = self.collect(writes=writes, by_value=clip_value < math.inf)
+        with torch.no_grad():
+            return ops.clip_(grads, max_norm, limit, eps, clip_value, nonfinite)
+
+    def apply_(self, rows: Tensor | None, coef: Tensor, clip_value: float, nonfinite: str) -> None:
+        """As `ops.apply_`."""
+        walks = self._grads is None and _can_walk()
+        if walks and ops.native.apply_(self._items, rows, coef, clip_value, nonfinite, self._of_grads):
+            return
+        grads = self.collect(writes=True, by_value=clip_value < math.inf)
+        with torch.no_grad():
+            ops.apply_(grads, rows, coef, clip_value, nonfinite)
+
+    def collect(self, *, writes: bool, by_value: bool = False) -> list[Tensor]:
+        """The gradients, checked."""
+        if self._grads is None:
+            self.names, self._grads = collect(self._items, self._function, self._of_grads)
+        check(self.names, self._grads, self._function, writes=writes, by_value=by_value)
+        return self._grads
+
+    def any_float64(self) -> bool:
+        """Whether one of them is. Only after measuring or clipping."""
+        if self._grads is None:
+            return bool(ops.native.any_float64(self._items, self._of_grads))
+        return any(grad.dtype in (torch.float64, torch.complex128) for grad in self._grads)
+
+    def device(self) -> torch.device:
+        """The first one's. Only after measuring or clipping."""
+        return self._device if self._grads is None else self._grads[0].device
+
+    def _name(self, present: list[int] | None, rows: Tensor) -> None:
+        kind = "grads" if self._of_grads else "parameters"
+        self._device = rows.device
+        self.names = Names(kind, labels_of(self._items), present, rows.shape[0])
+
+
+def _can_walk() -> bool:
+    return ops.native is not None and not torch.compiler.is_compiling()
+
+
 def _clip(
     function: str,
     params: Params | Grads,
@@ -172,47 +261,25 @@ def _clip(
     items = as_items(params, function, of_grads, stacklevel=4)
     if of_grads:
         _refuse_parameters(function, items)
-
-    if ops.native is not None and nonfinite != "raise" and not torch.compiler.is_compiling():
-        found = ops.native.clip_(items, norm_limit, limit, 0.0, value_limit, nonfinite, of_grads)
-        if found is not None:
-            rows, total, coef, present = found
-            names = Names(_kind(of_grads), labels_of(items), present, rows.shape[0])
-            return GradStats(rows, total, names, coef, value_limit, nonfinite)
-
-    names, grads = collect(items, function, of_grads)
     by_value = value_limit < math.inf
     writes = norm_limit < math.inf or limit is not None or by_value or nonfinite == "zero"
-    check(names, grads, function, writes=writes, by_value=by_value)
-    with torch.no_grad():
-        if nonfinite != "raise":
-            rows, total, coef = ops.clip_(grads, norm_limit, limit, 0.0, value_limit, nonfinite)
-            return GradStats(rows, total, names, coef, value_limit, nonfinite)
-        rows, total = ops.measure(grads)
-        coef = reference.coefficient(reference.norm_of(total, "keep"), norm_limit, limit, 0.0)
-        stats = GradStats(rows, total, names, coef, value_limit, nonfinite)
-        raise_nonfinite(function, stats, _RAISE_REMEDY)
-        if writes:
-            ops.apply_(grads, rows, coef, value_limit, "keep")
-        return stats
+    gradients = Gradients(items, function, of_grads)
+    if nonfinite != "raise":
+        rows, total, coef = gradients.clip_(norm_limit, limit, 0.0, value_limit, nonfinite, writes)
+        return GradStats(rows, total, gradients.names, coef, value_limit, nonfinite)
+    rows, total = gradients.measure(writes=writes, by_value=by_value)
+    coef = reference.coefficient(reference.norm_of(total, "keep"), norm_limit, limit, 0.0)
+    stats = GradStats(rows, total, gradients.names, coef, value_limit, nonfinite)
+    raise_nonfinite(function, stats, _RAISE_REMEDY)
+    if writes:
+        gradients.apply_(rows, coef, value_limit, "keep")
+    return stats
 
 
 def _measure(function: str, params: Params | Grads, of_grads: bool) -> GradStats:
-    items = as_items(params, function, of_grads, stacklevel=4)
-    if ops.native is not None and not torch.compiler.is_compiling():
-        found = ops.native.measure(items, of_grads)
-        if found is not None:
-            rows, total, present = found
-            return GradStats(rows, total, Names(_kind(of_grads), labels_of(items), present, rows.shape[0]))
-    names, grads = collect(items, function, of_grads)
-    check(names, grads, function, writes=False, by_value=False)
-    with torch.no_grad():
-        rows, total = ops.measure(grads)
-    return GradStats(rows, total, names)
-
-
-def _kind(of_grads: bool) -> str:
-    return "grads" if of_grads else "parameters"
+    gradients = Gradients(as_items(params, function, of_grads, stacklevel=4), function, of_grads)
+    rows, total = gradients.measure(writes=False)
+    return GradStats(rows, total, gradients.names)
 
 
 def _refuse_parameters(function: str, items: Sequence[object]) -> None:

@@ -8,16 +8,16 @@ is passed twice counts once. `foreach` is accepted and changes nothing: there is
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
-from gradkern import ops, reference
-from gradkern.clip import raise_nonfinite
+from gradkern import reference
+from gradkern.clip import Gradients, raise_nonfinite
 from gradkern.errors import NonFiniteGradientError
-from gradkern.params import Params, as_items, check, collect, describe, limit_of, norm_limit_of
-from gradkern.stats import GradStats
+from gradkern.params import Params, as_items, describe, limit_of, norm_limit_of
+from gradkern.stats import GradStats, Stats
 
 # torch divides by norm + 1e-6, so that a norm of 0 gives a coefficient.
 _EPS = 1e-6
@@ -59,25 +59,19 @@ def clip_grad_norm_(
     function = "clip_grad_norm_"
     limit, limit_tensor = norm_limit_of(function, max_norm)
     order = _order(function, norm_type)
-    items = as_items(parameters, function)
-    if order == 2 and not error_if_nonfinite and ops.native is not None and not torch.compiler.is_compiling():
-        found = ops.native.clip_(items, limit, limit_tensor, _EPS, math.inf, "propagate")
-        if found is not None:
-            return _as_torch(
-                reference.norm_of(found[1]),
-                [tensor.grad for tensor in _tensors_of(items) if tensor.grad is not None],
-            )
-
-    names, grads = collect(items, function)
-    check(names, grads, function, writes=limit < math.inf or limit_tensor is not None, by_value=False)
-    with torch.no_grad():
-        rows, total = ops.measure(grads)
-        norm = reference.power_norm(grads, total, order)
-        if error_if_nonfinite:
-            _raise_nonfinite(function, GradStats(rows, total, names), norm, order)
+    gradients = Gradients(as_items(parameters, function), function)
+    writes = limit < math.inf or limit_tensor is not None
+    if order == 2 and not error_if_nonfinite:
+        _, total, _ = gradients.clip_(limit, limit_tensor, _EPS, math.inf, "propagate", writes)
+        return _as_torch(gradients, _norm(gradients, total, order))
+    rows, total = gradients.measure(writes=writes)
+    norm = _norm(gradients, total, order)
+    if error_if_nonfinite:
+        _raise_nonfinite(function, GradStats(rows, total, gradients.names), norm, order)
+    if writes:
         coef = reference.coefficient(norm, limit, limit_tensor, _EPS)
-        ops.apply_(grads, rows, coef, math.inf, "propagate")
-        return _as_torch(norm, grads)
+        gradients.apply_(rows, coef, math.inf, "propagate")
+    return _as_torch(gradients, norm)
 
 
 def clip_grad_value_(parameters: Params, clip_value: float, foreach: bool | None = None) -> None:
@@ -102,14 +96,8 @@ def clip_grad_value_(parameters: Params, clip_value: float, foreach: bool | None
     """
     function = "clip_grad_value_"
     limit = limit_of(function, "clip_value", clip_value)
-    items = as_items(parameters, function)
-    fast = ops.native is not None and not torch.compiler.is_compiling()
-    if fast and ops.native.clip_(items, math.inf, None, 0.0, limit, "propagate") is not None:
-        return
-    names, grads = collect(items, function)
-    check(names, grads, function, writes=limit < math.inf, by_value=True)
-    with torch.no_grad():
-        ops.clip_(grads, math.inf, None, 0.0, limit, "propagate")
+    gradients = Gradients(as_items(parameters, function), function)
+    gradients.clip_(math.inf, None, 0.0, limit, "propagate", writes=limit < math.inf)
 
 
 def get_total_norm(
@@ -127,20 +115,12 @@ def get_total_norm(
     """
     function = "get_total_norm"
     order = _order(function, norm_type)
-    items = as_items(tensors, function, of_grads=True)
-    fast = ops.native is not None and not error_if_nonfinite and not torch.compiler.is_compiling()
-    if fast and order in (2, math.inf):
-        found = ops.native.measure(items, True)
-        if found is not None:
-            return _as_torch(reference.power_norm((), found[1], order), _tensors_of(items))
-    names, grads = collect(items, function, of_grads=True)
-    check(names, grads, function, writes=False, by_value=False)
-    with torch.no_grad():
-        rows, total = ops.measure(grads)
-        norm = reference.power_norm(grads, total, order)
-        if error_if_nonfinite:
-            _raise_nonfinite(function, GradStats(rows, total, names), norm, order)
-        return _as_torch(norm, grads)
+    gradients = Gradients(as_items(tensors, function, of_grads=True), function, of_grads=True)
+    rows, total = gradients.measure(writes=False)
+    norm = _norm(gradients, total, order)
+    if error_if_nonfinite:
+        _raise_nonfinite(function, GradStats(rows, total, gradients.names), norm, order)
+    return _as_torch(gradients, norm)
 
 
 def clip_grads_with_norm_(
@@ -167,16 +147,14 @@ def clip_grads_with_norm_(
         raise ValueError(
             f"{function}: total_norm must be a number or a real 0-dim tensor, got {describe(total_norm)}."
         )
-    names, grads = collect(as_items(parameters, function), function)
-    check(names, grads, function, writes=limit < math.inf or limit_tensor is not None, by_value=False)
-    if not grads:
+    gradients = Gradients(as_items(parameters, function), function)
+    if limit == math.inf and limit_tensor is None:
+        gradients.collect(writes=False)
         return
-    with torch.no_grad():
-        norm = total_norm if isinstance(total_norm, Tensor) else torch.tensor(total_norm, dtype=torch.float64)
-        device = "cpu" if norm.device.type == "mps" else norm.device
-        norm = norm.to(device=device, dtype=torch.float64)
-        coef = reference.coefficient(norm, limit, limit_tensor, _EPS)
-        ops.apply_(grads, None, coef, math.inf, "propagate")
+    norm = total_norm if isinstance(total_norm, Tensor) else torch.tensor(total_norm, dtype=torch.float64)
+    device = "cpu" if norm.device.type == "mps" else norm.device
+    norm = norm.detach().to(device=device, dtype=torch.float64)
+    gradients.apply_(None, reference.coefficient(norm, limit, limit_tensor, _EPS), math.inf, "propagate")
 
 
 def _order(function: str, norm_type: float) -> float:
@@ -189,21 +167,23 @@ def _order(function: str, norm_type: float) -> float:
     return order
 
 
-def _tensors_of(items: Sequence[object]) -> list[Tensor]:
-    tensors = [item[1] if type(item) is tuple else item for item in items]
-    return [tensor for tensor in tensors if isinstance(tensor, Tensor)]
+def _norm(gradients: Gradients, total: Tensor, order: float) -> Tensor:
+    """The norm in float64. Orders 2 and inf are known from the total alone."""
+    if order == 2 and reference.is_readable(total):
+        return torch.tensor(float(Stats(total)), dtype=torch.float64)  # fewer calls than in tensors
+    grads = [] if order in (2, math.inf) else gradients.collect(writes=False)
+    return reference.power_norm(grads, total, order)
 
 
-def _as_torch(norm: Tensor, grads: Sequence[Tensor]) -> Tensor:
+def _as_torch(gradients: Gradients, norm: Tensor) -> Tensor:
     """The norm in the dtype, and on the device, that torch returns it in."""
-    if not grads:
+    if len(gradients.names) == 0:
         return torch.tensor(0.0)
-    dtype = torch.float32
-    if any(grad.dtype in (torch.float64, torch.complex128) for grad in grads):
-        dtype = torch.float64
-    elif reference.is_readable(norm) and _FLOAT32_MAX < norm.item() < math.inf:
+    if gradients.any_float64():
+        return norm.to(gradients.device())
+    if reference.is_readable(norm) and _FLOAT32_MAX < norm.item() < math.inf:
         return norm
-    return norm.to(grads[0].device, dtype)
+    return norm.to(gradients.device(), torch.float32)
 
 
 def _raise_nonfinite(function: str, stats: GradStats, norm: Tensor, order: float) -> None:

@@ -23,8 +23,14 @@ Grads: TypeAlias = (
 
 NONFINITE_WORDS = ("keep", "zero", "propagate", "raise")
 
-_REAL = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-_COMPLEX = (torch.complex64, torch.complex128)
+_DTYPES = (
+    torch.float32,
+    torch.float64,
+    torch.bfloat16,
+    torch.float16,
+    torch.complex64,
+    torch.complex128,
+)
 
 
 class Names:
@@ -197,13 +203,11 @@ def check_nonfinite(function: str, word: object) -> None:
 
 def has_gaps(tensor: Tensor) -> bool:
     """Whether a strided tensor is other than one dense block of memory, in whatever order of dimensions."""
-    return not tensor.is_contiguous() and _extent(tensor) != tensor.numel()
+    return not tensor.is_contiguous() and _extent(tensor) != tensor.numel()  # empty ones are contiguous
 
 
 def _extent(tensor: Tensor) -> int:
     """Elements from the first to the last in memory; 0 if two indices may share a place."""
-    if tensor.numel() == 0:
-        return 0
     extent = 1
     dims = sorted(
         (stride, size) for stride, size in zip(tensor.stride(), tensor.shape, strict=True) if size > 1
@@ -224,7 +228,7 @@ def _problem(grad: Tensor, writes: bool, by_value: bool) -> tuple[str, str, str]
             "Use torch.nn.utils.clip_grad_norm_ for this model, or pass to_local() of each gradient to "
             "gradkern.clip_grads_ if the norm of this rank's part is meant.",
         )
-    if grad.is_quantized or grad.dtype not in _REAL + _COMPLEX:
+    if grad.dtype not in _DTYPES:
         return (
             "is not of a floating-point type that gradkern reads",
             "float32, float64, bfloat16, float16, complex64 or complex128",
@@ -243,7 +247,7 @@ def _problem(grad: Tensor, writes: bool, by_value: bool) -> tuple[str, str, str]
             "real gradients to clip by value",
             "Clip it by its norm, or leave this parameter out.",
         )
-    if writes and grad.layout == torch.strided and grad.numel() > 0 and _extent(grad) == 0:
+    if writes and grad.layout == torch.strided and not grad.is_contiguous() and _extent(grad) == 0:
         return (
             f"has elements that share memory (strides {list(grad.stride())}, as expand() makes them)",
             "a place for each element to write to",

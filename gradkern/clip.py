@@ -258,7 +258,7 @@ def _clip(
             f"{function}: neither max_norm nor clip_value is given, so nothing would be clipped. "
             f"Pass a limit, or call gradkern.{other} to look without writing."
         )
-    items = as_items(params, function, of_grads, stacklevel=4)
+    items = as_items(params, function, of_grads)
     if of_grads:
         _refuse_parameters(function, items)
     by_value = value_limit < math.inf
@@ -277,7 +277,7 @@ def _clip(
 
 
 def _measure(function: str, params: Params | Grads, of_grads: bool) -> GradStats:
-    gradients = Gradients(as_items(params, function, of_grads, stacklevel=4), function, of_grads)
+    gradients = Gradients(as_items(params, function, of_grads), function, of_grads)
     rows, total = gradients.measure(writes=False)
     return GradStats(rows, total, gradients.names)
 

@@ -57,7 +57,7 @@ def clip_grad_norm_(
     tensor(5.)
     """
     function = "clip_grad_norm_"
-    limit, limit_tensor = norm_limit_of(function, max_norm)
+    limit, limit_tensor = norm_limit_of(function, _given(function, "max_norm", max_norm))
     order = _order(function, norm_type)
     gradients = Gradients(as_items(parameters, function), function)
     writes = limit < math.inf or limit_tensor is not None
@@ -95,7 +95,7 @@ def clip_grad_value_(parameters: Params, clip_value: float, foreach: bool | None
     tensor([ 0.2500, -0.5000,  0.5000])
     """
     function = "clip_grad_value_"
-    limit = limit_of(function, "clip_value", clip_value)
+    limit = limit_of(function, "clip_value", _given(function, "clip_value", clip_value))
     gradients = Gradients(as_items(parameters, function), function)
     gradients.clip_(math.inf, None, 0.0, limit, "propagate", writes=limit < math.inf)
 
@@ -142,8 +142,13 @@ def clip_grads_with_norm_(
     tensor([ 0.3000, -0.4000])
     """
     function = "clip_grads_with_norm_"
-    limit, limit_tensor = norm_limit_of(function, max_norm)
-    if isinstance(total_norm, Tensor) and (total_norm.dim() != 0 or total_norm.is_complex()):
+    limit, limit_tensor = norm_limit_of(function, _given(function, "max_norm", max_norm))
+    if not isinstance(total_norm, Tensor):
+        try:
+            total_norm = torch.tensor(float(total_norm), dtype=torch.float64)
+        except (TypeError, ValueError):
+            raise TypeError(f"{function}: total_norm must be a number, got {total_norm!r}.") from None
+    elif total_norm.dim() != 0 or total_norm.is_complex():
         raise ValueError(
             f"{function}: total_norm must be a number or a real 0-dim tensor, got {describe(total_norm)}."
         )
@@ -151,10 +156,16 @@ def clip_grads_with_norm_(
     if limit == math.inf and limit_tensor is None:
         gradients.collect(writes=False)
         return
-    norm = total_norm if isinstance(total_norm, Tensor) else torch.tensor(total_norm, dtype=torch.float64)
-    device = "cpu" if norm.device.type == "mps" else norm.device
-    norm = norm.detach().to(device=device, dtype=torch.float64)
+    device = "cpu" if total_norm.device.type == "mps" else total_norm.device
+    norm = total_norm.detach().to(device=device, dtype=torch.float64)
     gradients.apply_(None, reference.coefficient(norm, limit, limit_tensor, _EPS), math.inf, "propagate")
+
+
+def _given(function: str, name: str, limit: object) -> object:
+    """torch has no way to say "no limit" by None."""
+    if limit is None:
+        raise TypeError(f"{function}: {name} must be a number, got None; float('inf') sets no limit.")
+    return limit
 
 
 def _order(function: str, norm_type: float) -> float:

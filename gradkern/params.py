@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 import types
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
@@ -59,12 +60,10 @@ class Names:
         return [self[row] for row in range(self._count)]
 
 
-def as_items(
-    params: Params | Grads, function: str, of_grads: bool = False, stacklevel: int = 3
-) -> list[object]:
+def as_items(params: Params | Grads, function: str, of_grads: bool = False) -> list[object]:
     """`params` as a list of tensors and (name, tensor) pairs; not yet looked into.
 
-    Warns, as torch does, of a generator that has nothing left to give, at the user's call.
+    Warns, as torch does, of a generator that has nothing left to give.
     """
     if type(params) is list:
         return params
@@ -75,7 +74,7 @@ def as_items(
     if isinstance(params, Mapping):
         return list(params.items())
     wanted = "gradients" if of_grads else "parameters"
-    if isinstance(params, (str, bytes)) or not isinstance(params, Iterable):
+    if isinstance(params, (str, bytes, nn.Module)) or not isinstance(params, Iterable):
         hint = ""
         if isinstance(params, torch.optim.Optimizer):
             hint = "\nPass [p for group in optimizer.param_groups for p in group['params']] for all it steps."
@@ -87,10 +86,9 @@ def as_items(
         )
     items: list[object] = list(params)
     if not items and isinstance(params, types.GeneratorType):
-        warnings.warn(
+        _warn(
             f"{function}: {wanted} is a generator with nothing left in it, so nothing is done. "
-            f"model.parameters() can be walked once only: call it anew for every step, or keep a list.",
-            stacklevel=stacklevel,
+            "model.parameters() can be walked once only: call it anew for every step, or keep a list."
         )
     return items
 
@@ -130,6 +128,8 @@ def collect(items: Sequence[object], function: str, of_grads: bool = False) -> t
         seen.add(grad)
         present.append(index)
         grads.append(grad)
+    if not grads and not of_grads:
+        _warn_of_bare_tensors(items, function)
     return Names(kind, labels, present, len(grads)), grads
 
 
@@ -166,7 +166,7 @@ def limit_of(function: str, name: str, value: object) -> float:
     try:
         number = float(value)  # type: ignore[arg-type]
     except (TypeError, ValueError, RuntimeError):
-        raise TypeError(f"{function}: {name} must be a number, got {value!r}.") from None
+        raise TypeError(f"{function}: {name} must be a number, got {_shown(value)}.") from None
     if number >= 0:
         return number
     fault = "be NaN" if math.isnan(number) else "be negative"
@@ -190,7 +190,7 @@ def norm_limit_of(function: str, value: object) -> tuple[float, Tensor | None]:
         )
     if torch.compiler.is_compiling() or value.device.type != "cpu" or _is_wrapper(value):
         return math.inf, value
-    return limit_of(function, "max_norm", value), None
+    return limit_of(function, "max_norm", value.detach()), None
 
 
 def check_nonfinite(function: str, word: object) -> None:
@@ -257,14 +257,45 @@ def _problem(grad: Tensor, writes: bool, by_value: bool) -> tuple[str, str, str]
 
 
 def _not_a_tensor(function: str, name: str, item: object, of_grads: bool) -> str:
-    hint = ""
+    hint, kind = "", type(item).__name__
+    if isinstance(item, tuple):
+        kind = f"({', '.join(type(part).__name__ for part in item)})"
     if isinstance(item, Mapping) and "params" in item:
         hint = "\nFor all groups: [p for group in optimizer.param_groups for p in group['params']]."
-    elif isinstance(item, nn.Module):
+    elif isinstance(item, nn.Module) and not of_grads:
         hint = "\nPass one module, or chain the parameters of several: itertools.chain(a.parameters(), ...)."
+    elif isinstance(item, tuple):
+        hint = "\nIn a pair the name, a string, comes first, as module.named_parameters() has it."
     wanted = "gradients" if of_grads else "parameters"
     forms = f"{wanted} as tensors or (name, tensor) pairs" + ("" if of_grads else ", or a module")
-    return f"{function}: {name} is of type {type(item).__name__}; gradkern needs {forms}.{hint}"
+    return f"{function}: {name} is of type {kind}; gradkern needs {forms}.{hint}"
+
+
+def _shown(value: object) -> str:
+    """A wrong value as the user wrote it, or its type if it is no short one."""
+    shown = repr(value)
+    return shown if len(shown) < 40 and "\n" not in shown else type(value).__name__
+
+
+def _warn_of_bare_tensors(items: Sequence[object], function: str) -> None:
+    """Whoever passes gradients where parameters are meant would never be told that nothing is clipped."""
+    if not items or torch.compiler.is_compiling():
+        return
+    tensors = [item[1] if _is_pair(item) else item for item in items]
+    if any(isinstance(tensor, nn.Parameter) or tensor.requires_grad for tensor in tensors):  # type: ignore[attr-defined]
+        return
+    _warn(
+        f"{function}: none of the {len(items)} tensors passed has a gradient or requires one, so nothing is "
+        "done. For gradients themselves there are gradkern.clip_grads_ and gradkern.measure_grads."
+    )
+
+
+def _warn(message: str) -> None:
+    """Warn at the line that called gradkern."""
+    stacklevel, frame = 1, sys._getframe()
+    while frame.f_back is not None and frame.f_globals["__name__"].partition(".")[0] == "gradkern":
+        stacklevel, frame = stacklevel + 1, frame.f_back
+    warnings.warn(message, stacklevel=stacklevel)
 
 
 def _quoted(names: Names, row: int) -> str:

@@ -272,6 +272,8 @@ class GradStats(Stats):
             close = difflib.get_close_matches(str(name), self._index, n=1)
             hint = f" Did you mean '{close[0]}'?" if close else " stats.names has all of them."
             raise KeyError(f"no gradient named {name!r} was measured.{hint}")
+        if len(self._index) < len(self._names) and self.names.count(name) > 1:
+            raise KeyError(f"several gradients are named {name!r}; stats.per_tensor has them by position.")
         return Stats(self.rows.select(0, row))
 
     def __contains__(self, name: str) -> bool:
@@ -321,7 +323,9 @@ def _summary(row: list[float]) -> str:
     counts = [
         f"{word}={count:.0f}" for word, count in zip(("nan", "inf"), row[2:4], strict=True) if count > 0
     ]
-    return ", ".join([f"norm={_norm(row):.4g}", f"abs_max={row[1]:.4g}", *counts])
+    if counts:
+        counts.insert(0, f"finite_norm={math.sqrt(row[0]):.4g}")
+    return ", ".join([f"norm={_norm(row):.4g}", *counts, f"abs_max={row[1]:.4g}"])
 
 
 def _has_values(data: Tensor) -> bool:

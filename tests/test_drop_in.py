@@ -364,6 +364,21 @@ NO_LIMIT = "Pass a number from 0 up; float('inf') sets no limit."
             "(name, tensor) pairs, or a module.",
         ),
         (
+            lambda p: gradkern.clip_grad_norm_(p, None),
+            TypeError,
+            "clip_grad_norm_: max_norm must be a number, got None; float('inf') sets no limit.",
+        ),
+        (
+            lambda p: gradkern.clip_grad_value_(p, None),
+            TypeError,
+            "clip_grad_value_: clip_value must be a number, got None; float('inf') sets no limit.",
+        ),
+        (
+            lambda p: gradkern.clip_grads_with_norm_(p, 1.0, None),
+            TypeError,
+            "clip_grads_with_norm_: total_norm must be a number, got None.",
+        ),
+        (
             lambda p: gradkern.clip_grads_with_norm_(p, 1.0, torch.ones(2)),
             ValueError,
             "clip_grads_with_norm_: total_norm must be a number or a real 0-dim tensor, got float32 [2], "

@@ -103,6 +103,31 @@ def test_an_exhausted_generator_is_warned_of(backend: Backend) -> None:
     assert stats.names == []
 
 
+@pytest.mark.parametrize("function", ["clip_", "clip_grad_norm_", "clip_grad_value_"])
+def test_gradients_in_place_of_parameters_are_warned_of(function: str, backend: Backend) -> None:
+    message = (
+        f"{function}: none of the 2 tensors passed has a gradient or requires one, so nothing is done. "
+        "For gradients themselves there are gradkern.clip_grads_ and gradkern.measure_grads."
+    )
+    with pytest.warns(UserWarning, match=function) as caught:
+        getattr(gradkern, function)([torch.ones(1), torch.ones(2)], 1.0)
+    assert [str(warning.message) for warning in caught] == [message]
+    assert caught[0].filename == __file__
+
+
+def test_frozen_parameters_are_not_warned_of(backend: Backend) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert gradkern.clip_(nn.Linear(2, 2).requires_grad_(False), 1.0).names == []
+
+
+def test_a_limit_that_requires_grad_is_taken_as_a_number(backend: Backend) -> None:
+    (parameter,) = parameters([torch.tensor([3.0, -4.0])])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert gradkern.clip_(parameter, torch.tensor(2.5, requires_grad=True)).coef.item() == 0.5
+
+
 @pytest.mark.parametrize("nothing", [[], (), {}, nn.ReLU()], ids=["list", "tuple", "dict", "module"])
 def test_an_empty_list_is_not_warned_of(nothing: object, backend: Backend) -> None:
     with warnings.catch_warnings():
@@ -164,6 +189,11 @@ NEEDS_PARAMETERS = "gradkern needs parameters as tensors or (name, tensor) pairs
             "For all groups: [p for group in optimizer.param_groups for p in group['params']].",
         ),
         (
+            [(torch.zeros(1), "w")],
+            f"clip_: parameters[0] is of type (Tensor, str); {NEEDS_PARAMETERS}\n"
+            "In a pair the name, a string, comes first, as module.named_parameters() has it.",
+        ),
+        (
             [nn.ReLU(), nn.ReLU()],
             f"clip_: parameters[0] is of type ReLU; {NEEDS_PARAMETERS}\n"
             "Pass one module, or chain the parameters of several: itertools.chain(a.parameters(), ...).",
@@ -179,9 +209,9 @@ def test_what_is_no_parameter_is_refused(params: object, message: str, backend: 
 
 def test_gradients_in_place_of_a_module_are_asked_for() -> None:
     with pytest.raises(TypeError) as caught:
-        gradkern.measure_grads(nn.ReLU())
+        gradkern.measure_grads(nn.Sequential(nn.ReLU()))
     assert str(caught.value) == (
-        "measure_grads: gradients must be a tensor, or an iterable or mapping of tensors, got ReLU.\n"
+        "measure_grads: gradients must be a tensor, or an iterable or mapping of tensors, got Sequential.\n"
         "For the gradients of its parameters there is the function that takes parameters."
     )
 
@@ -324,6 +354,8 @@ NO_LIMIT = "Pass a number from 0 up; float('inf') sets no limit."
             "clip_: max_norm must be a number or a real 0-dim tensor, got float32 [2], cpu.",
         ),
         ({"max_norm": "much"}, TypeError, "clip_: max_norm must be a number, got 'much'."),
+        ({"max_norm": nn.ReLU()}, TypeError, "clip_: max_norm must be a number, got ReLU()."),
+        ({"max_norm": model()}, TypeError, "clip_: max_norm must be a number, got Sequential."),
         ({"clip_value": [1.0]}, TypeError, "clip_: clip_value must be a number, got [1.0]."),
         (
             {"max_norm": 1.0, "nonfinite": "skipp"},

@@ -125,6 +125,14 @@ def test_a_name_that_is_not_there_gets_a_suggestion(name: str, message: str) -> 
     assert caught.value.args == (message,)
 
 
+def test_a_name_that_several_have_is_no_answer() -> None:
+    stats = gradkern.measure_grads([("a", torch.ones(1)), ("a", torch.ones(2)), ("b", torch.ones(4))])
+    assert float(stats["b"]) == 2.0
+    with pytest.raises(KeyError) as caught:
+        stats["a"]
+    assert caught.value.args == ("several gradients are named 'a'; stats.per_tensor has them by position.",)
+
+
 def test_stats_cannot_be_walked_by_position() -> None:
     with pytest.raises(TypeError):
         list(example())
@@ -186,7 +194,7 @@ def test_stats_can_be_told_apart_and_kept_in_sets() -> None:
 def test_what_is_printed_is_short_and_counts_what_is_odd() -> None:
     assert repr(example()) == "GradStats(norm=5, abs_max=4, 3 tensors)"
     assert str(gradkern.measure_grads([torch.tensor([1.0, NAN, INF, INF])])) == (
-        "GradStats(norm=nan, abs_max=1, nan=1, inf=2, 1 tensor)"
+        "GradStats(norm=nan, finite_norm=1, nan=1, inf=2, abs_max=1, 1 tensor)"
     )
     assert repr(gradkern.clip_grads_([torch.tensor([3.0, -4.0])], 1.0)) == (
         "GradStats(norm=5, abs_max=4, coef=0.2, 1 tensor)"

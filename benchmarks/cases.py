@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, SupportsFloat
@@ -45,9 +46,9 @@ class Setting:
 class Case:
     """One row.
 
-    `caches` says where the gradients are when a call begins: "memory" for those that no cache holds, "L3" if
-    the level-2 caches are filled with something else before every call, as a backward pass through other
-    layers does.
+    `start` says where the gradients are when a call begins: in "memory", since there are more of them than
+    any cache holds; in "caches", as the contender before has left them; or "flushed": small enough for a
+    cache, but all caches are filled with something else before every call.
     """
 
     key: str
@@ -58,7 +59,7 @@ class Case:
     dtype: torch.dtype = torch.float32
     norm: float = SMALL_NORM
     zeros: float = 0.0
-    caches: Literal["memory", "L3"] = "L3"
+    start: Literal["memory", "caches", "flushed"] = "caches"
     rivals: frozenset[Rivals] = frozenset()
 
     def gradients(self, *, tiny: bool = False) -> Gradients:
@@ -228,7 +229,7 @@ def check_clipped(
 def ceilings(case: Case, gradients: Gradients, setting: Setting) -> list[Contender]:
     """The least that memory allows: to read the gradients, and to write them only if they are clipped."""
     buffer, nbytes = setting.buffer, gradients.nbytes
-    if buffer is None or case.caches != "memory":
+    if buffer is None or case.start != "memory":
         return []
     clips = exact_coef(gradients) < 1 and case.build is clip_list
 
@@ -243,6 +244,22 @@ def ceilings(case: Case, gradients: Gradients, setting: Setting) -> list[Contend
 
 BOTH_RIVALS: frozenset[Rivals] = frozenset({"compiled", "optax"})
 
+
+def small(
+    key: str,
+    size: str,
+    shapes: Callable[[], Shapes],
+    goal: Goal,
+    rivals: AbstractSet[Rivals] = BOTH_RIVALS,
+) -> list[Case]:
+    """Gradients that fit into a cache: from there, and from memory."""
+    work = f"nothing to clip, {size}"
+    return [
+        Case(key, work, shapes, clip_list, (goal,), rivals=frozenset(rivals)),
+        Case(f"{key}-flushed", work, shapes, clip_list, (Goal("torch"),), start="flushed"),
+    ]
+
+
 CASES = [
     Case(
         "unclipped-f32",
@@ -250,7 +267,7 @@ CASES = [
         shapes.gpt2_small,
         clip_list,
         (Goal("torch", floor=3.2, aim=3.6), Goal("ceiling", "share", 0.8, 0.9)),
-        caches="memory",
+        start="memory",
         rivals=BOTH_RIVALS,
     ),
     Case(
@@ -260,7 +277,7 @@ CASES = [
         clip_list,
         (Goal("torch", floor=4.4, aim=5.0), Goal("ceiling", "share")),
         dtype=torch.bfloat16,
-        caches="memory",
+        start="memory",
         rivals=BOTH_RIVALS,
     ),
     Case(
@@ -270,7 +287,7 @@ CASES = [
         clip_list,
         (Goal("torch", floor=1.6, aim=1.8), Goal("ceiling", "share")),
         norm=LARGE_NORM,
-        caches="memory",
+        start="memory",
         rivals=BOTH_RIVALS,
     ),
     Case(
@@ -281,34 +298,13 @@ CASES = [
         (Goal("torch", floor=2.3, aim=2.7), Goal("ceiling", "share")),
         dtype=torch.bfloat16,
         norm=LARGE_NORM,
-        caches="memory",
+        start="memory",
         rivals=BOTH_RIVALS,
     ),
     # torch.compile takes minutes for so many tensors.
-    Case(
-        "many-small",
-        "nothing to clip, 2000 tensors of 64",
-        shapes.many_small,
-        clip_list,
-        (Goal("torch", floor=25, aim=40),),
-        rivals=frozenset({"optax"}),
-    ),
-    Case(
-        "perceptron",
-        "nothing to clip, 20 tensors, 0.66 M",
-        shapes.perceptron,
-        clip_list,
-        (Goal("torch", floor=5, aim=8),),
-        rivals=BOTH_RIVALS,
-    ),
-    Case(
-        "resnet",
-        "nothing to clip, 162 tensors, 2 M",
-        shapes.resnet,
-        clip_list,
-        (Goal("torch", floor=6, aim=9),),
-        rivals=BOTH_RIVALS,
-    ),
+    *small("many-small", "2000 tensors of 64", shapes.many_small, Goal("torch", floor=25, aim=40), {"optax"}),
+    *small("perceptron", "20 tensors, 0.66 M", shapes.perceptron, Goal("torch", floor=5, aim=8)),
+    *small("resnet", "162 tensors, 2 M", shapes.resnet, Goal("torch", floor=6, aim=9)),
     Case(
         "five",
         "all five statistics of each tensor, GPT-2 small, against separate calls",
@@ -316,7 +312,7 @@ CASES = [
         five_statistics,
         (Goal("torch", floor=30), Goal("ceiling", "share")),
         zeros=0.1,
-        caches="memory",
+        start="memory",
     ),
     Case(
         "norm-only",
@@ -324,7 +320,7 @@ CASES = [
         shapes.gpt2_small,
         norm_only,
         (Goal("norm only", "time", floor=1.1),),
-        caches="memory",
+        start="memory",
     ),
     Case(
         "value-f32",
@@ -332,7 +328,7 @@ CASES = [
         shapes.gpt2_small,
         clip_by_value,
         (Goal("torch"),),
-        caches="memory",
+        start="memory",
     ),
     Case(
         "written-f32",
@@ -340,7 +336,7 @@ CASES = [
         shapes.gpt2_small,
         clip_as_written,
         (Goal("torch"),),
-        caches="memory",
+        start="memory",
     ),
     Case(
         "written-small",
@@ -355,7 +351,7 @@ CASES = [
         partial(shapes.one, 1 << 26),
         clip_list,
         (Goal("torch"), Goal("ceiling", "share")),
-        caches="memory",
+        start="memory",
     ),
     Case(
         "one-small", "nothing to clip, 1 tensor of 64", partial(shapes.one, 64), clip_list, (Goal("torch"),)

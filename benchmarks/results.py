@@ -51,10 +51,9 @@ class Row:
     work: str
     tensors: int
     numel: int
-    caches: str
+    start: str
     goals: tuple[Goal, ...]
     timings: list[Timing]
-    note: str = ""
 
     def fastest(self, kind: str) -> Timing | None:
         """The contender of this kind with the smallest median."""
@@ -91,8 +90,7 @@ class Row:
             "work": self.work,
             "tensors": self.tensors,
             "numel": self.numel,
-            "caches": self.caches,
-            "note": self.note,
+            "start": self.start,
             "goals": [
                 {
                     "against": goal.against,
@@ -127,7 +125,7 @@ class Row:
             Timing(timing["kind"], timing["name"], timing["times_ms"], timing["norm_error"])
             for timing in content["timings"]
         ]
-        plain = {name: content[name] for name in ("key", "work", "tensors", "numel", "caches", "note")}
+        plain = {name: content[name] for name in ("key", "work", "tensors", "numel", "start")}
         return Row(**plain, goals=goals, timings=timings)
 
 

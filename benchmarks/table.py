@@ -11,9 +11,10 @@ NOTES = """\
 Times are medians ± half the distance between the quartiles, in milliseconds; behind a ratio stand the
 quartiles of the rounds' own ratios. In every round each contender is called once, in an order drawn anew, and
 what it returns is compared with float64. Against torch means against the faster of its foreach and its loop;
-the JSON file has both. "From" says where gradients are when a call begins: in memory, since no cache holds
-them, or in L3. The ceiling is a plain read of as many bytes, and scaling them in place where gradients are
-clipped. All of this was measured in one run. Ratios on a CPU say nothing about a GPU."""
+the JSON file has both. "From" says where gradients are when a call begins: in memory, since there are more
+than any cache holds; in caches, as the call before has left them; or flushed from the caches into memory. The
+ceiling is a plain read of as many bytes, and scaling them in place where gradients are clipped. All of it was
+measured in one run. Ratios on a CPU say nothing about a GPU."""
 
 
 def markdown(results: Results) -> str:
@@ -58,7 +59,7 @@ def _speed(rows: Sequence[Row]) -> str:
         lines.append(
             [
                 row.work,
-                row.caches,
+                row.start,
                 _time(row, "gradkern"),
                 goal.against if rival is None else rival.name,
                 _time(row, goal.against),

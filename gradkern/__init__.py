@@ -9,6 +9,9 @@
 
 from __future__ import annotations
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from gradkern._version import __version__
 from gradkern.clip import clip_, clip_grads_, measure, measure_grads
 from gradkern.clipper import Clipper
@@ -32,6 +35,9 @@ from gradkern.policies import (
 from gradkern.sequence import truncated_bptt
 from gradkern.stats import GradStats, Stats
 
+if TYPE_CHECKING:
+    from gradkern.record import Run
+
 __all__ = [
     "AGC",
     "AdaGC",
@@ -43,6 +49,7 @@ __all__ = [
     "GroupNorm",
     "NonFiniteGradientError",
     "Percentile",
+    "Run",
     "SkipSpike",
     "Stats",
     "TensorNorm",
@@ -62,3 +69,18 @@ __all__ = [
     "recurrent",
     "truncated_bptt",
 ]
+
+# Modules of what is imported only when it is asked for: it needs numpy and sqlite3, which clipping does not.
+_LAZY = {"Run": "gradkern.record"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module 'gradkern' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_LAZY[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LAZY})

@@ -20,6 +20,7 @@ from gradkern.record.schema import (
     check_names,
     copied,
     join,
+    union,
 )
 
 # A kind with very many columns keeps at least this many rows, however large they are.
@@ -198,9 +199,7 @@ class MemoryRecord:
     @property
     def steps(self) -> Steps:
         """See `Record.steps`."""
-        return np.unique(
-            np.concatenate([np.empty(0, np.int64), *(s.get()[0] for s in self._scalars.values())])
-        )
+        return union(series.get()[0] for series in self._scalars.values())
 
     def scalar(self, name: str) -> tuple[Steps, Values]:
         """See `Record.scalar`."""

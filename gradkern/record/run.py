@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from gradkern.record import blocks, file
-from gradkern.record.schema import EXPONENT_COLUMNS, EXPONENTS, Exponents, Rows, Steps, Values, join
+from gradkern.record import blocks, export, file
+from gradkern.record.schema import EXPONENT_COLUMNS, EXPONENTS, Exponents, Rows, Steps, Values, join, union
 from gradkern.record.store import MISSING_BITS, SCALARS
 
 
@@ -62,8 +62,7 @@ class Run:
     @property
     def steps(self) -> Steps:
         """See `Record.steps`."""
-        everything = [steps for steps, _ in self._all_scalars().values()]
-        return np.unique(np.concatenate([np.empty(0, np.int64), *everything]))
+        return union(steps for steps, _ in self._all_scalars().values())
 
     def scalar(self, name: str) -> tuple[Steps, Values]:
         """See `Record.scalar`."""
@@ -122,6 +121,26 @@ class Run:
     def incidents(self) -> list[int]:
         """Steps of the incidents around which all rows were kept."""
         return [step for (step,) in self._query("SELECT step FROM incidents ORDER BY id")]
+
+    def to_csv(self, path: str | os.PathLike[str], kind: str | None = None) -> None:
+        """Write a table: column ``step``, then one for each scalar, or each name of a `kind` of rows.
+
+        A scalar that a step has no value of is empty; NaN and Inf are ``nan``, ``inf`` and ``-inf``. Numbers
+        read back are the same numbers.
+
+        Raises:
+            ValueError: there are no rows of that kind.
+        """
+        export.to_csv(self, path, kind, self.scalar_names())
+
+    def to_parquet(self, path: str | os.PathLike[str], kind: str | None = None) -> None:
+        """Write the table of `to_csv` as Parquet: int64, float64 and float32 columns, null for no value.
+
+        Raises:
+            ValueError: there are no rows of that kind.
+            ImportError: pyarrow is not installed.
+        """
+        export.to_parquet(self, path, kind, self.scalar_names())
 
     def _query(self, statement: str, *values: Any) -> list[tuple[Any, ...]]:
         with file.damage(self.path, "Run"):
@@ -194,6 +213,6 @@ class Run:
             order = np.argsort(all_steps, kind="stable")
             all_steps, all_values = all_steps[order], all_values[order]
             last = np.append(all_steps[1:] != all_steps[:-1], True)
-            result[name] = all_steps[last], all_values[last].astype(np.float64)
+            result[name] = all_steps[last], all_values[last]
         self._scalars, self._scalars_of = result, version
         return result

@@ -11,7 +11,7 @@ kind ``"resumed"`` says so: of two records of the same step the later one wins.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final, Protocol, TypeAlias
 
 import numpy as np
@@ -173,6 +173,15 @@ class Recorder(Protocol):
         Called again with other names, the columns that are no longer written stay, behind the new ones.
         """
         ...
+
+
+def union(series: Iterable[Steps]) -> Steps:
+    """Every step that is in any of `series`, growing. Fast where they are mostly the same."""
+    result = np.empty(0, np.int64)
+    for steps in series:
+        if not np.array_equal(steps, result):
+            result = np.union1d(result, steps)
+    return result
 
 
 def join(old: Sequence[str], new: Sequence[str]) -> list[str]:

@@ -202,6 +202,9 @@ class Store:
                 if not connection.execute("SELECT 1 FROM sqlite_master").fetchone():
                     for statement in file.TABLES.split(";"):
                         connection.execute(statement)
+            if self.journal == "wal":
+                # So that a copy of the file without its log is a record, of whatever age.
+                connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
             (page,) = connection.execute("PRAGMA page_size").fetchone()
             connection.execute(f"PRAGMA max_page_count = {(self.max_bytes - self._journal_room) // page}")
             connection.execute(f"PRAGMA journal_size_limit = {self._journal_room // 2}")

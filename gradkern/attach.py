@@ -209,8 +209,9 @@ class Attachment:
     def _recover(self) -> None:
         """The same before a step, if the last one raised, so that no hook ran after it.
 
-        What somebody else has set since stays.
+        What somebody else has set since stays; gradients of that step are not put over new ones.
         """
+        self._hidden.clear()
         for word in list(self._before):
             if vars(self._optimizer).get(word, _ABSENT) is not self._left.get(word, _ABSENT):
                 del self._before[word]
@@ -253,6 +254,8 @@ def unscale_and_clip(
     stepper.refresh()
     judged = stepper.judge(nonfinite, loss, scale)
     judged.refuse_skip(stepper.policy)
+    if _is_fused(optimizer):
+        _can_skip_first(optimizer)
     stepper.remember(judged, None)
     factor = scale.to(judged.seen.total.device, torch.float64).reciprocal()
     apply_(judged.seen, judged.decision, factor, nonfinite)

@@ -276,7 +276,7 @@ class Clipper:
             raise RuntimeError("Clipper.metrics: no step has been clipped yet.")
         numbers = {"norm": stats.norm, "clipped_norm": stats.clipped_norm, "coef": least(stats.coef)}
         steps, skipped, _ = tally.counts.unbind()
-        numbers["clipped_fraction"] = tally.clipped.sum() / steps.clamp(1, WINDOW)
+        numbers["clipped_fraction"] = tally.clipped.sum().double() / steps.clamp(1, WINDOW)
         numbers |= {"skipped_steps": skipped, "steps": steps}
         if self._stepper.max_norm < math.inf:
             numbers["threshold"] = torch.full_like(stats.norm, self._stepper.max_norm)

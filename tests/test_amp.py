@@ -61,7 +61,7 @@ def test_it_is_unscaling_and_then_clipping_to_the_bit(
 
 @pytest.mark.parametrize("poison", [(0,), (3, 4)])
 def test_fused_sgd_survives_a_skipped_first_step(poison: tuple[int, ...]) -> None:
-    """After `scaler.unscale_` alone its momentum would be what was found in memory: no oracle for the others."""
+    """After `scaler.unscale_` its momentum would be what was found in memory, so that it is no oracle."""
     model = network()
     optimizer = FUSED["sgd"](model.parameters())
     for step in set(range(20)) - set(poison):

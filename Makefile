@@ -9,7 +9,7 @@ BUILT_FROM := setup.py pyproject.toml CMakeLists.txt $(wildcard csrc/*/*)
 # The tools of .venv come before those of the machine, for CMake too.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help build demo test test-cpp test-full test-reference check format bench sanitize wheel clean
+.PHONY: help build demo test test-cpp test-full test-reference check format gpu bench sanitize wheel clean
 
 help:
 	@echo "make demo            train a network on real text, with and without clipping"
@@ -19,6 +19,7 @@ help:
 	@echo "make test-reference  the same tests on an installation without the extension"
 	@echo "make check           format, lint and types"
 	@echo "make format          put the format right"
+	@echo "make gpu             try everything on this machine's GPU: right or wrong, and how fast"
 	@echo "make bench           the benchmark of the README"
 	@echo "make sanitize        the C++ tests under the address, undefined and thread sanitizers"
 	@echo "make wheel           dist/gradkern-*.whl"
@@ -75,6 +76,9 @@ format: .venv/installed
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 	$(BIN)/clang-format -i $(CPP)
+
+gpu: .venv/built
+	$(BIN)/python -m gradkern.selftest
 
 bench: .venv/built
 	$(BIN)/python -m benchmarks

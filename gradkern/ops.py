@@ -200,8 +200,7 @@ def _groups(grads: Sequence[Tensor]) -> list[tuple[bool, list[int]]]:
 
 def _has_kernel(grad: Tensor) -> bool:
     return (
-        native is not None
-        and _device_has_kernels(grad.device)
+        has_kernels(grad.device)
         and grad.layout == torch.strided
         and grad.dtype in _KERNEL_DTYPES
         and not params.has_gaps(grad)
@@ -209,10 +208,11 @@ def _has_kernel(grad: Tensor) -> bool:
     )
 
 
-def _device_has_kernels(device: torch.device) -> bool:
-    if device.type == "cuda":
-        return not _cuda_problem(device.index or 0)
-    return device.type == "cpu"
+def has_kernels(device: torch.device) -> bool:
+    """Whether the extension can work on a device."""
+    if native is None:
+        return False
+    return device.type == "cpu" or (device.type == "cuda" and not _cuda_problem(device.index or 0))
 
 
 def _has_unit_kernel(tensor: Tensor) -> bool:

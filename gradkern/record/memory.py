@@ -128,16 +128,16 @@ class MemoryRecord:
         """See `Recorder.put_rows`."""
         series = self._named("put_rows", kind)
         row = as_row(kind, values, self._written[kind])
-        self._append(series, step, np.append(row, self._blank(kind, np.nan)))
+        if len(row) < len(self._names[kind]):
+            row = np.append(row, np.full(len(self._names[kind]) - len(row), np.nan, np.float32))
+        self._append(series, step, row)
 
     def put_exponents(self, step: int, values: npt.ArrayLike) -> None:
         """See `Recorder.put_exponents`."""
         series = self._named("put_exponents", EXPONENTS)
         histograms = as_histograms(values, self._written[EXPONENTS])
-        blank = self._blank(EXPONENTS, 0)
-        self._append(
-            series, step, np.append(histograms, np.zeros((len(blank), EXPONENT_COLUMNS), np.int32), 0)
-        )
+        missing = len(self._names[EXPONENTS]) - len(histograms)
+        self._append(series, step, np.pad(histograms, [(0, missing), (0, 0)]))
 
     def put_event(self, step: int, kind: str, detail: Mapping[str, Any] | None = None) -> None:
         """See `Recorder.put_event`."""
@@ -177,9 +177,6 @@ class MemoryRecord:
                 f"{function}: kind {kind!r} has no names. Call set_names({kind!r}, names) first."
             )
         return self._rows[kind]
-
-    def _blank(self, kind: str, value: float) -> Rows:
-        return np.full(len(self._names[kind]) - self._written[kind], value, np.float32)
 
     def _append(self, series: _Series, step: int, value: npt.NDArray[Any] | float) -> None:
         if step < series.last:

@@ -204,8 +204,8 @@ def as_row(kind: str, values: npt.ArrayLike, numel: int) -> Rows:
             f"Hand one value for each name, or set_names first."
         )
     with np.errstate(over="ignore"):
-        row = given.astype(np.float32)
-    if np.isinf(row).any():
+        row: Rows = given.astype(np.float32)
+    if given.dtype != np.float32 and np.isinf(row).any():
         overflown = np.isinf(row) & np.isfinite(given)
         row[overflown] = np.copysign(np.finfo(np.float32).max, given[overflown])
     return row

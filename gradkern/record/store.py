@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import sqlite3
+import time
 from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -85,6 +86,9 @@ class _Series:
         self.waiting: list[_Chunk] = []
         self.ring: deque[tuple[int, npt.NDArray[Any], _Layout]] = deque()
         self.ring_bytes = 0
+        # Blocks up to this number are still to be thinned; None if none are.
+        self.thin_until: int | None = None
+        self.thin_bucket = -1
         self.forget()
 
     def forget(self) -> None:
@@ -97,9 +101,6 @@ class _Series:
         layouts = [self.layout, *(chunk.layout for chunk in self.waiting), *(entry[2] for entry in self.ring)]
         for layout in layouts:
             layout.number = None
-        # Blocks up to this number are still to be thinned; None if none are.
-        self.thin_until: int | None = None
-        self.thin_bucket = -1
 
     def put(self, step: int, row: npt.NDArray[Any], incident: int | None) -> None:
         """Take a row in: to be written if it is the first of its bucket, or under an incident."""
@@ -323,32 +324,54 @@ class Store:
         return count
 
     def write(self) -> None:
-        """Write what waits, thin what has become too much. See the class."""
+        """Thin what has become too much, and write what waits. See the class."""
         connection = self._connection
         assert connection is not None
         known, self._known = self._known, False
         self._bound_log(connection)
+        self._make_room(connection, known)
         with _transaction(connection):
-            if not known:
-                self._load()
             self._claim_file()
-            if self._cut is not None:
-                self._cut_file(self._cut)
-            written = 0
             if self._scalars:
                 self._line_up_scalars()
             for series in self._series.values():
-                written += sum(row.nbytes for chunk in series.waiting for row in chunk.rows)
                 for chunk in series.waiting:
                     self._write_chunk(series, chunk)
             self._write_rest()
-            self._thin(min(max(THIN_BYTES, 3 * written), self._journal_room // 3))
-        self._known = self._claimed = True
-        self._cut = None
+        self._known = True
         self._meta, self._events, self._new_incidents = {}, [], []
         for series in self._series.values():
             series.waiting = []
-        self._relieve()
+
+    def settle(self, seconds: float) -> None:
+        """Write until nothing is left to thin, for about `seconds` at most."""
+        end = time.monotonic() + seconds
+        strides: list[int] = []
+        while time.monotonic() < end:
+            before, strides = strides, [series.stride for series in self._series.values()]
+            if strides == before and all(series.thin_until is None for series in self._series.values()):
+                return
+            self.write()
+
+    def _make_room(self, connection: sqlite3.Connection, known: bool) -> None:
+        """Cut and thin, in a transaction of its own: where the file is full this is what helps."""
+        passes = [(series, series.thin_until, series.thin_bucket) for series in self._series.values()]
+        waiting = sum(row.nbytes for s in self._series.values() for chunk in s.waiting for row in chunk.rows)
+        try:
+            with _transaction(connection):
+                if not known:
+                    self._load()
+                self._claim_file()
+                if self._cut is not None:
+                    self._cut_file(self._cut)
+                self._relieve()
+                self._thin(min(max(THIN_BYTES, 3 * waiting), self._journal_room // 3))
+        except BaseException:
+            for series, until, bucket in passes:
+                series.thin_until, series.thin_bucket = until, bucket
+            raise
+        self._claimed = True
+        self._cut = None
 
     def _execute(self, statement: str, *values: Any) -> sqlite3.Cursor:
         assert self._connection is not None
@@ -368,7 +391,7 @@ class Store:
                 number,
             ).fetchone()
             series.rows, series.bytes = int(rows), int(size)
-            if stride > 1:
+            if fresh and stride > 1:
                 series.thin_until = newest
             layout = self._execute(
                 "SELECT id, names FROM layouts WHERE series = ? ORDER BY id DESC", number
@@ -402,7 +425,7 @@ class Store:
         if size > self._journal_room:
             connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
             if self.path.with_name(self.path.name + "-wal").stat().st_size > self._journal_room:
-                raise sqlite3.OperationalError("a reader keeps the write-ahead log from being emptied")
+                raise sqlite3.OperationalError("database is locked by a reader that does not end")
 
     def _line_up_scalars(self) -> None:
         """Turn scalars by step into rows with a column for each name that has occurred."""
@@ -555,7 +578,6 @@ class Store:
             # A little before it is too much: thinning takes several batches.
             if series.kind != SCALARS and series.rows > retention.MAX_ROWS * 15 // 16:
                 self._widen(series)
-        assert self._connection is not None
         (pages,) = self._execute("PRAGMA page_count").fetchone()
         (free,) = self._execute("PRAGMA freelist_count").fetchone()
         if (pages - free) * self._page < 0.9 * (self.max_bytes - self._journal_room):
@@ -567,10 +589,8 @@ class Store:
         # Scalars come last: they are the run's history, and small.
         largest = max(thinnable, key=lambda s: s.bytes / (4 if s.kind == SCALARS else 1), default=None)
         if flights > (largest.bytes if largest else 0) and len(self._incidents) > 1:
-            with _transaction(self._connection):
-                self._drop_incident(
-                    self._incidents[min(retention.FIRST_INCIDENTS, len(self._incidents) // 2)]
-                )
+            middle = min(retention.FIRST_INCIDENTS, len(self._incidents) // 2)
+            self._drop_incident(self._incidents[middle])
         elif largest is not None:
             self._widen(largest)
             self.take_event(self.latest_step, "thinned", {"kind": largest.kind, "stride": largest.stride})

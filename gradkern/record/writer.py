@@ -26,6 +26,9 @@ BATCH_SECONDS: Final = 0.5
 # A write that takes longer, or a batch that could not be written for longer, costs records.
 PATIENCE_SECONDS: Final = 1.0
 
+# A reader may lock the file for longer: it goes on, and memory bridges the time.
+LOCKED_SECONDS: Final = 10.0
+
 # Records that wait in memory for the thread, at most.
 QUEUE_BYTES: Final = 64 << 20
 
@@ -44,9 +47,10 @@ class Writer:
     """A `Recorder` that keeps a run in one SQLite file, which `Run` reads while the run goes on.
 
     Every method returns at once, whatever the file system does: a thread writes twice a second. Records are
-    dropped, and counted in `dropped` and in an event, while a write takes longer than a second, and when one
-    has failed for a second (a full disk). A process that is killed loses at most the last second, never the
-    file. A write-ahead log is used where the file system can share one, else a rollback journal.
+    dropped, and counted in `dropped` and in an event, while a write takes longer than a second, when writing
+    has failed for a second (a full disk), and when a reader has locked the file for ten. A process that is
+    killed loses at most the last second, never the file. A write-ahead log is used where the file system can
+    share one, else a rollback journal.
 
     Scalars are kept of every step. Of each kind of rows at most 60,000 are: when there are more, the distance
     of steps doubles and every second row goes. Rows of the 256 steps up to an incident and of the 32 steps
@@ -241,6 +245,9 @@ class Writer:
                     with self._condition:
                         self._done = taken
                         self._condition.notify_all()
+            self._busy_since = time.monotonic()
+            with contextlib.suppress(sqlite3.Error):
+                self._store.settle(PATIENCE_SECONDS)
         except Exception as error:
             self._stop(error)
         finally:
@@ -272,7 +279,8 @@ class Writer:
         try:
             self._store.write()
         except sqlite3.Error as error:
-            if time.monotonic() - waiting_since < PATIENCE_SECONDS and not closing:
+            patience = LOCKED_SECONDS if "locked" in str(error) else PATIENCE_SECONDS
+            if time.monotonic() - waiting_since < patience and not closing:
                 return waiting_since
             with self._condition:
                 self._drop(self._store.discard(), str(error))

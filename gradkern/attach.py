@@ -173,7 +173,7 @@ class Attachment:
         coef = one if judged.decision.coef is None else judged.decision.coef
         divisor = (one if scale is None else scale.to(one.device, one.dtype)) / coef
         _set(self._optimizer, "grad_scale", divisor.clamp(max=_FLOAT32_MAX).to(torch.float32))
-        # What a float32 cannot hold is written; where it can, which is always, this changes nothing.
+        # What a float32 cannot hold is left to writing. Mostly it can, and this changes nothing.
         rest = torch.where(divisor > _FLOAT32_MAX, _FLOAT32_MAX / divisor, 1.0)
         if not (reference.is_readable(rest) and rest.item() == 1):
             apply_(judged.seen, judged.decision._replace(coef=rest), None, "keep", skip)
@@ -249,8 +249,6 @@ def unscale_and_clip(
             "Clipper.unscale_and_clip: the scaler has not scaled anything yet. Call backward() on "
             "scaler.scale(loss)."
         )
-    if stepper.tracked.optimizer is not optimizer:
-        stepper.follow(optimizer)
     stepper.refresh()
     judged = stepper.judge(nonfinite, loss, scale)
     judged.refuse_skip(stepper.policy)

@@ -236,8 +236,9 @@ class Clipper:
     ) -> GradStats:
         """`scaler.unscale_(optimizer)` and clipping in one: a read, and one pass that writes (3N, not 5N).
 
-        Clips what the optimizer steps, and tells the scaler whether an Inf or NaN was found; call
-        `scaler.step(optimizer)` and `scaler.update()` afterwards, as ever. Gradients of any dtype.
+        Clips what the optimizer steps, from now on only that, and tells the scaler whether an Inf or NaN
+        was found; call `scaler.step(optimizer)` and `scaler.update()` afterwards, as ever. Gradients may be
+        of any dtype.
 
         Raises:
             RuntimeError: they have been unscaled already, or the clipper is attached.
@@ -257,6 +258,14 @@ class Clipper:
         if self._attachment is not None:
             raise RuntimeError(
                 "Clipper.unscale_and_clip: it is attached, and does this inside scaler.step(optimizer)."
+            )
+        followed = self._stepper.tracked.optimizer
+        if followed is None:
+            self._stepper.follow(optimizer)
+        elif followed is not optimizer:
+            raise ValueError(
+                f"Clipper.unscale_and_clip: it looks after a {type(followed).__name__} already. Of several "
+                "optimizers each takes a Clipper of its own."
             )
         if not scaler.is_enabled():
             return self(loss)

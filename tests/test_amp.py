@@ -207,6 +207,17 @@ def test_an_optimizer_of_other_parameters_is_refused() -> None:
         gradkern.Clipper(network()).unscale_and_clip(scaler, optimizer)
 
 
+def test_of_several_optimizers_each_takes_its_own_clipper() -> None:
+    model = network()
+    first, second = EVERY["rmsprop"](model[0].parameters()), EVERY["rmsprop"](model[2].parameters())
+    scaler, clipper = scaler_of(), gradkern.Clipper(model)
+    backward(model, 0, scaler.scale(torch.ones(())))
+    clipper.unscale_and_clip(scaler, first)
+    with pytest.raises(ValueError, match="looks after a RMSprop already"):
+        clipper.unscale_and_clip(scaler, second)
+    gradkern.Clipper(model).unscale_and_clip(scaler, second)
+
+
 def test_autocast_and_a_scaler_around_a_whole_run() -> None:
     model = network()
     optimizer, scaler = FUSED["adamw"](model.parameters()), scaler_of(2.0**16)

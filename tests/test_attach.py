@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import types
 from collections.abc import Collection, Iterator
 from typing import Any
 
@@ -758,6 +759,63 @@ def test_main_grad_is_not_what_an_optimizer_steps() -> None:
 
 
 # Devices
+
+
+@pytest.fixture
+def on_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The hooks believe that no number of this step can be read."""
+    blind = types.SimpleNamespace(is_readable=lambda _: False)
+    monkeypatch.setattr(gradkern.attach, "reference", blind)
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("poison", [(0,), (0, 1, 5), (7,)], ids=str)
+@pytest.mark.parametrize("name", FUSED)
+def test_a_flag_that_the_host_does_not_know_skips_without_a_trace(
+    name: str, poison: tuple[int, ...], scaled: bool, on_a_device: None
+) -> None:
+    scaler = scaler_of(2.0**20) if scaled else None
+    run = clipped_in_step(FUSED[name], 20, poison, scaler=scaler, apply="eager")
+    assert same_run(run[:2], clipped_by_hand(FUSED[name], 20, poison))
+
+
+def test_bad_gradients_are_not_scaled_where_the_host_does_not_know(on_a_device: None) -> None:
+    model, _, _ = clipped_in_step(FUSED["adamw"], 1, (0,), apply="eager")
+    expected = network()
+    backward(expected, 0)
+    assert same_bits(model[2].weight.grad, expected[2].weight.grad)
+
+
+@pytest.mark.parametrize("name", [*OTHERS, *DAMPED])
+def test_where_the_host_must_read_the_flag_it_says_so_once(name: str, on_a_device: None) -> None:
+    make = (OTHERS | DAMPED)[name]
+    with pytest.warns(UserWarning, match="must be read from the device") as warned:
+        run = clipped_in_step(make, 10, (0, 3), apply="eager")
+    assert len(warned) == 1
+    assert same_run(run[:2], clipped_by_hand(make, 10, (0, 3)))
+
+
+def test_auto_defers_once_most_steps_are_clipped(on_a_device: None) -> None:
+    model = network()
+    optimizer = FUSED["adamw"](model.parameters())
+    gradkern.Clipper(model, 1e-3).attach(optimizer)
+    seen = handed_over(optimizer)
+    for step in range(5):
+        optimizer.zero_grad()
+        backward(model, step)
+        optimizer.step()
+    assert [one["grad_scale"] is not None for one in seen] == [False, False, True, True, True]
+
+
+def test_auto_writes_while_few_steps_are_clipped(on_a_device: None) -> None:
+    model = network()
+    optimizer = FUSED["adamw"](model.parameters())
+    gradkern.Clipper(model, 1e9).attach(optimizer)
+    seen = handed_over(optimizer)
+    for step in range(5):
+        backward(model, step)
+        optimizer.step()
+    assert [one["grad_scale"] for one in seen] == [None] * 5
 
 
 @pytest.mark.parametrize("policy", EVERY_POLICY, ids=repr)

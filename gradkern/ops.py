@@ -111,12 +111,12 @@ def measure(grads: Sequence[Tensor]) -> Measured:
     groups = _groups(grads)
     if len(groups) == 1:
         return _measure(*groups[0], grads)
-    home = _home(grads)
+    meeting = home(grads)
     rows: list[Tensor] = [torch.empty(0)] * len(grads)
     for has_kernel, indices in groups:
         part, _ = _measure(has_kernel, indices, [grads[index] for index in indices])
         # From a GPU to another, or to one from the host: neither has to wait.
-        for index, row in zip(indices, part.to(home, non_blocking=True).unbind(), strict=True):
+        for index, row in zip(indices, part.to(meeting, non_blocking=True).unbind(), strict=True):
             rows[index] = row
     if not rows:
         return reference.measure([])
@@ -177,6 +177,22 @@ def apply_units_(grads: Sequence[Tensor], coef: Tensor, clip_value: float, nonfi
     apply(grads, coef, clip_value, nonfinite)
 
 
+def add_penalty_(grads: Sequence[Tensor], weights: Sequence[Tensor], l1: float, l2: float) -> Tensor:
+    """As `reference.add_penalty_`; the values on the first device that is not the CPU."""
+    groups: dict[tuple[bool, torch.device], list[int]] = {}
+    for index, (grad, weight) in enumerate(zip(grads, weights, strict=True)):
+        alike = grad.dtype == weight.dtype and grad.stride() == weight.stride()
+        has_kernel = alike and _has_kernel(grad) and _has_kernel(weight)
+        groups.setdefault((has_kernel, grad.device), []).append(index)
+    values: list[Tensor] = [torch.empty(0)] * len(grads)
+    for (has_kernel, _), indices in groups.items():
+        add = torch.ops.gradkern.add_penalty_ if has_kernel else reference.add_penalty_
+        part = add([grads[index] for index in indices], [weights[index] for index in indices], l1, l2)
+        for index, value in zip(indices, part.to(home(grads), non_blocking=True).unbind(), strict=True):
+            values[index] = value
+    return torch.stack(values)
+
+
 def _picked(rows: Tensor, indices: Sequence[int]) -> Tensor:
     """Some rows. Not by an index tensor, which would be copied to the device."""
     apart = rows.unbind()
@@ -230,7 +246,7 @@ def _is_known(grad: Tensor) -> bool:
     return type(grad).__name__ in ("FakeTensor", "FunctionalTensor")
 
 
-def _home(grads: Sequence[Tensor]) -> torch.device:
+def home(grads: Sequence[Tensor]) -> torch.device:
     """Where rows of gradients on several devices meet: going to the CPU would wait for the others."""
     devices = [_device_of_rows(grad) for grad in grads]
     return next((device for device in devices if device.type != "cpu"), torch.device("cpu"))
@@ -274,9 +290,19 @@ def _fake_apply_units_(grads: list[Tensor], coef: Tensor, clip_value: float, non
     return None
 
 
+def _fake_exponents(grads: list[Tensor]) -> Tensor:
+    return grads[0].new_empty(len(grads), 64, dtype=torch.int64)
+
+
+def _fake_add_penalty_(grads: list[Tensor], weights: list[Tensor], l1: float, l2: float) -> Tensor:
+    return grads[0].new_empty(len(grads), dtype=torch.float64)
+
+
 if native is not None:
     torch.library.register_fake("gradkern::measure", _fake_measure)
     torch.library.register_fake("gradkern::clip_", _fake_clip_)
     torch.library.register_fake("gradkern::apply_", _fake_apply_)
     torch.library.register_fake("gradkern::unit_sums", _fake_unit_sums)
     torch.library.register_fake("gradkern::apply_units_", _fake_apply_units_)
+    torch.library.register_fake("gradkern::exponents", _fake_exponents)
+    torch.library.register_fake("gradkern::add_penalty_", _fake_add_penalty_)

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from fnmatch import fnmatchcase
 
 import torch
 from torch import Tensor
 
+from gradkern import ops
 from gradkern.params import Names, Params, as_items, check, describe
 
 Where = str | Sequence[str] | Callable[[str, Tensor], bool]
 """Parameters by name: an `fnmatch` pattern, several of them, or a predicate on (name, parameter)."""
-
-# Elements that are widened to float64 at a time.
-_SLICE_NUMEL = 1 << 20
 
 
 @torch.no_grad()
@@ -72,14 +70,14 @@ def add_penalty_(params: Params, *, l1: float = 0.0, l2: float = 0.0, where: Whe
     chosen = [(name, weight) for name, weight in _select(params, where) if weight.requires_grad]
     _check(chosen)
     if not chosen or (l1 == 0 and l2 == 0):
-        return torch.zeros((), dtype=torch.float64, device=_home(chosen[0][1]) if chosen else "cpu")
-    values = []
+        return torch.zeros((), dtype=torch.float64, device=ops.home([chosen[0][1]]) if chosen else "cpu")
+    grads, weights = [], []
     for _, weight in chosen:
         if weight.grad is None:
             weight.grad = torch.zeros_like(weight)
-        values.append(_add(weight.grad, weight.detach(), l1, l2))
-    home = values[0].device
-    return torch.stack([value.to(home) for value in values]).sum()
+        grads.append(weight.grad)
+        weights.append(weight.detach())
+    return ops.add_penalty_(grads, weights, l1, l2).sum()
 
 
 def recurrent(name: str, param: Tensor) -> bool:
@@ -149,40 +147,3 @@ def _check(chosen: Sequence[tuple[str, Tensor]]) -> None:
     grads = [(name, weight.grad) for name, weight in chosen if weight.grad is not None]
     names = Names("parameters", [name for name, _ in grads], None, len(grads))
     check(names, [grad for _, grad in grads], "add_penalty_", writes=True, by_value=False)
-
-
-def _home(tensor: Tensor) -> torch.device:
-    """Where float64 numbers about this tensor live: mps has none."""
-    return torch.device("cpu") if tensor.device.type == "mps" else tensor.device
-
-
-def _add(grad: Tensor, weight: Tensor, l1: float, l2: float) -> Tensor:
-    """The penalty's value of one tensor, 0-dim float64; its gradient is added to `grad`."""
-    values = [torch.zeros((), dtype=torch.float64, device=_home(weight))]
-    for grad_piece, weight_piece in _pieces(grad, weight):
-        wide = torch.complex128 if weight.is_complex() else torch.float64
-        w = weight_piece.to(_home(weight)).to(wide)
-        # A term that is not wanted is left out, not multiplied by 0: a weight may be Inf.
-        value, gradient = torch.zeros((), dtype=torch.float64, device=w.device), torch.zeros_like(w)
-        if l1 != 0:
-            value = value + l1 * w.abs().sum()
-            gradient = gradient + l1 * w.sgn()
-        if l2 != 0:
-            value = value + l2 * (w.real.square() + w.imag.square() if w.is_complex() else w.square()).sum()
-            gradient = gradient + 2 * l2 * w
-        values.append(value)
-        # Not copy_(), which wants a driver even for the fake tensors of a device.
-        torch.ops.aten.copy_.default(grad_piece, grad_piece.to(w.device).to(wide) + gradient)
-    return torch.stack(values).sum()
-
-
-def _pieces(grad: Tensor, weight: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Views of the same elements of both, each of limited size, whatever their strides."""
-    if weight.numel() <= _SLICE_NUMEL:
-        if weight.numel() > 0:
-            yield grad, weight
-        return
-    dim = next(dim for dim, size in enumerate(weight.shape) if size > 1)
-    step = max(1, _SLICE_NUMEL * weight.shape[dim] // weight.numel())
-    for parts in zip(torch.split(grad, step, dim), torch.split(weight, step, dim), strict=True):
-        yield from _pieces(*parts)

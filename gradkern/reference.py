@@ -8,7 +8,7 @@ copy of a whole gradient. Speed is not its purpose.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -214,6 +214,20 @@ def power_norm(grads: Sequence[Tensor], total: Tensor, order: float) -> Tensor:
     return torch.where(nan_count > 0, math.nan, norm)
 
 
+@torch.no_grad()
+def add_penalty_(grads: Sequence[Tensor], weights: Sequence[Tensor], l1: float, l2: float) -> Tensor:
+    """Add the gradient of ``l1 * sum(abs(w)) + l2 * sum(w ** 2)`` to the gradients of the weights.
+
+    Returns the value of each weight's penalty, float64 `[len(grads)]`, on the device of the first.
+
+    >>> grad = torch.zeros(2)
+    >>> add_penalty_([grad], [torch.tensor([3.0, -4.0])], 0.5, 0.25), grad
+    (tensor([9.7500], dtype=torch.float64), tensor([ 2.0000, -2.5000]))
+    """
+    values = [_penalised(grad, weight, l1, l2) for grad, weight in zip(grads, weights, strict=True)]
+    return torch.stack([value.to(values[0].device) for value in values])
+
+
 def stored_values(grad: Tensor) -> Tensor:
     """The elements of a gradient as a strided tensor: of a sparse one, its coalesced values."""
     return grad.coalesce()._values() if grad.layout == torch.sparse_coo else grad
@@ -345,3 +359,36 @@ def _scaled(piece: Tensor, coef: Tensor) -> Tensor:
 def _assign(target: Tensor, values: Tensor) -> None:
     # Not target.copy_(), which wants a driver even for the fake tensors of a device.
     torch.ops.aten.copy_.default(target, values)
+
+
+def _penalised(grad: Tensor, weight: Tensor, l1: float, l2: float) -> Tensor:
+    """The penalty's value of one tensor, 0-dim float64; its gradient is added to `grad`."""
+    home = torch.device("cpu") if weight.device.type == "mps" else weight.device
+    values = [torch.zeros((), dtype=torch.float64, device=home)]
+    for grad_piece, weight_piece in _pairs_of_pieces(grad, weight):
+        wide = torch.complex128 if weight.is_complex() else torch.float64
+        w = weight_piece.to(home).to(wide)
+        # A term that is not wanted is left out, not multiplied by 0: a weight may be Inf.
+        value, gradient = torch.zeros((), dtype=torch.float64, device=w.device), torch.zeros_like(w)
+        if l1 != 0:
+            value = value + l1 * w.abs().sum()
+            gradient = gradient + l1 * w.sgn()
+        if l2 != 0:
+            value = value + l2 * (w.real.square() + w.imag.square() if w.is_complex() else w.square()).sum()
+            gradient = gradient + 2 * l2 * w
+        values.append(value)
+        # Not copy_(), which wants a driver even for the fake tensors of a device.
+        torch.ops.aten.copy_.default(grad_piece, grad_piece.to(w.device).to(wide) + gradient)
+    return torch.stack(values).sum()
+
+
+def _pairs_of_pieces(grad: Tensor, weight: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Views of the same elements of both, each of limited size, whatever their strides."""
+    if weight.numel() <= SLICE_NUMEL:
+        if weight.numel() > 0:
+            yield grad, weight
+        return
+    dim = next(dim for dim, size in enumerate(weight.shape) if size > 1)
+    step = max(1, SLICE_NUMEL * weight.shape[dim] // weight.numel())
+    for parts in zip(torch.split(grad, step, dim), torch.split(weight, step, dim), strict=True):
+        yield from _pairs_of_pieces(*parts)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import gradkern
-from gradkern import penalty
+from gradkern import penalty, reference
 from tests.no_sync import no_host_read
 
 
@@ -107,7 +107,7 @@ def test_the_penalty_left_out_does_not_see_an_infinite_weight() -> None:
 
 
 def test_large_and_strided_tensors_are_done_in_slices(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(penalty, "_SLICE_NUMEL", 7)
+    monkeypatch.setattr(reference, "SLICE_NUMEL", 7)
     weight = nn.Parameter(parameter((6, 5, 4)).detach().permute(2, 0, 1))
     weight.grad = parameter((4, 12, 5), seed=4).detach()[:, ::2]
     value, expected = autograd([weight], [weight.grad.clone()], 0.1, 0.2)

@@ -57,8 +57,8 @@ template <int kCapacity>
 __global__ void __launch_bounds__(kBlock, kBlocksPerSm)
     apply_kernel(const __grid_constant__ ApplyArgs args, const __grid_constant__ Addresses<kCapacity> grads) {
   if (!anything_changes(args)) return;
-  for (int64_t i = int64_t{args.plan.chunk_count} - 1 - blockIdx.x; i >= 0; i -= gridDim.x) {
-    const Chunk chunk = args.plan.chunks[i];
+  for (uint32_t i = blockIdx.x; i < args.plan.chunk_count; i += gridDim.x) {
+    const Chunk chunk = args.plan.chunks[args.plan.chunk_count - 1 - i];
     const TensorPlan& shape = args.plan.tensors[chunk.tensor];
     const int64_t unit_numel = args.scope == CoefScope::kUnit ? shape.unit_numel : chunk.length;
     for_each_unit(chunk, unit_numel, [&](int64_t unit, int begin, int length, Team team) {

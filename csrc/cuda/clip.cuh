@@ -16,7 +16,7 @@ GRADKERN_DEVICE void rewrite(const Batch& batch, NewValue new_value) {
     for (int e = 0; e < kWidth<T>; ++e) vector.element[e] = new_value(vector.element[e]);
     const uint4 old = batch.vector[k], now = raw(vector);
     const uint32_t changed = (old.x ^ now.x) | (old.y ^ now.y) | (old.z ^ now.z) | (old.w ^ now.w);
-    if (k < batch.count && changed) batch.at[k * batch.stride] = now;
+    if (k < batch.count && changed) store(batch.at + k * batch.stride, now);
   }
 }
 

@@ -110,6 +110,11 @@ GRADKERN_DEVICE uint4 raw(const Vector<T>& vector) {
   return raw;
 }
 
+/// One access of 16 bytes, through L2 only: nothing is used twice, and what is may have been written since.
+/// The words are not a matter of taste: plain assignments of a `uint4` become four accesses on sm_100.
+GRADKERN_DEVICE uint4 load(const uint4* address) { return __ldcg(address); }
+GRADKERN_DEVICE void store(uint4* address, uint4 value) { __stcg(address, value); }
+
 /// The threads that share a range: a block or a warp.
 struct Team {
   int rank;
@@ -149,7 +154,7 @@ GRADKERN_DEVICE void for_each(T* data, int length, Team team, One one, Many many
 #pragma unroll
     for (int k = 0; k < kLoads; ++k) {
       const bool inside = first + k * team.size < vectors;
-      batch.vector[k] = inside ? batch.at[k * team.size] : uint4{0, 0, 0, 0};
+      batch.vector[k] = inside ? load(batch.at + k * team.size) : uint4{0, 0, 0, 0};
       batch.count += inside;
     }
     many(batch);

@@ -26,34 +26,31 @@ __global__ void __launch_bounds__(kBlock, kBlocksPerSm)
                      const __grid_constant__ Addresses<kCapacity> grads) {
   uint32_t* const histograms = shared_histograms();
   uint32_t* const mine = histograms + threadIdx.x / kWarp * kExponentColumns;
-  for (int64_t i = blockIdx.x; i < args.plan.chunk_count; i += gridDim.x) {
-    const Chunk chunk = args.plan.chunks[i];
-    for (int c = threadIdx.x; c < kWarps * kExponentColumns; c += kBlock) histograms[c] = 0;
-    __syncthreads();
+  const Chunk chunk = args.plan.chunks[blockIdx.x];
+  for (int c = threadIdx.x; c < kWarps * kExponentColumns; c += kBlock) histograms[c] = 0;
+  __syncthreads();
 
-    with_type(args.plan.tensors[chunk.tensor].dtype, grads.data[chunk.tensor], chunk.offset, [&](auto* data) {
-      using T = std::remove_pointer_t<decltype(data)>;
-      for_each(
-          data, chunk.length, block_team(), [&](T* element) { atomicAdd(&mine[column_of(*element)], 1u); },
-          [&](const Batch& batch) {
+  with_type(args.plan.tensors[chunk.tensor].dtype, grads.data[chunk.tensor], chunk.offset, [&](auto* data) {
+    using T = std::remove_pointer_t<decltype(data)>;
+    for_each(
+        data, chunk.length, block_team(), [&](T* element) { atomicAdd(&mine[column_of(*element)], 1u); },
+        [&](const Batch& batch) {
 #pragma unroll
-            for (int k = 0; k < kLoads; ++k) {
-              if (k >= batch.count) break;
-              const Vector<T> vector = elements<T>(batch.vector[k]);
+          for (int k = 0; k < kLoads; ++k) {
+            if (k >= batch.count) break;
+            const Vector<T> vector = elements<T>(batch.vector[k]);
 #pragma unroll
-              for (int e = 0; e < kWidth<T>; ++e) atomicAdd(&mine[column_of(vector.element[e])], 1u);
-            }
-          });
-    });
-    __syncthreads();
+            for (int e = 0; e < kWidth<T>; ++e) atomicAdd(&mine[column_of(vector.element[e])], 1u);
+          }
+        });
+  });
+  __syncthreads();
 
-    if (threadIdx.x < kExponentColumns) {
-      unsigned long long count = 0;
-      for (int warp = 0; warp < kWarps; ++warp) count += histograms[warp * kExponentColumns + threadIdx.x];
-      int64_t* const counts = args.counts + int64_t{chunk.tensor} * kExponentColumns;
-      if (count) atomicAdd(reinterpret_cast<unsigned long long*>(&counts[threadIdx.x]), count);
-    }
-    __syncthreads();  // the histograms may be cleared
+  if (threadIdx.x < kExponentColumns) {
+    unsigned long long count = 0;
+    for (int warp = 0; warp < kWarps; ++warp) count += histograms[warp * kExponentColumns + threadIdx.x];
+    int64_t* const counts = args.counts + int64_t{chunk.tensor} * kExponentColumns;
+    if (count) atomicAdd(reinterpret_cast<unsigned long long*>(&counts[threadIdx.x]), count);
   }
 }
 

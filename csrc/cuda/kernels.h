@@ -29,9 +29,10 @@
 
 namespace gradkern::cuda {
 
-/// Threads of every block, and blocks that every kernel lets an SM hold: 1024 threads, at most 64
-/// registers each on every architecture from sm_75. With four 16-byte loads in flight per thread that is
-/// 64 KiB an SM, above the 45 KiB that latency times bandwidth asks for on the fastest (B200).
+/// Threads of every block, and blocks that an SM is to hold: 1024 threads, of at most 64 registers each, on
+/// every architecture from sm_75. With four 16-byte loads in flight per thread that is 64 KiB an SM, above
+/// the 45 KiB that latency times bandwidth asks for on the fastest (B200). Two kernels that need more
+/// registers say how many blocks they settle for, and stay above that.
 constexpr int kBlock = 256;
 constexpr int kBlocksPerSm = 4;
 constexpr int kWarp = 32;
@@ -62,7 +63,7 @@ static_assert(sizeof(TensorPlan) == 32, "plans are copied to devices as they are
 struct Plan {
   const Chunk* chunks = nullptr;
   const TensorPlan* tensors = nullptr;
-  int32_t chunk_count = 0;
+  uint32_t chunk_count = 0;  ///< below 2^31, as is the grid
   int32_t tensor_count = 0;
   int32_t filled_count = 0;  ///< tensors that have chunks
   int32_t reserved = 0;
@@ -223,11 +224,8 @@ enum class Kernel : int32_t {
 };
 
 /// The kernel `template <int kCapacity> void <name>_kernel(<Name>Args, Addresses<kCapacity>)`, for
-/// `cudaLaunchKernel(handle, grid, kBlock, {&args, &addresses}, 0, stream)`. `capacity` is 0,
+/// `cudaLaunchKernel(handle, grid_for(...), kBlock, {&args, &addresses}, 0, stream)`. `capacity` is 0,
 /// `kFewAddresses` or `kManyAddresses`.
-///
-/// Any grid from one block gives the same result, also with no chunks at all (rows, total and what
-/// follows from them are still written). Measuring kernels do best with `grid_for` blocks.
 const void* kernel_handle(Kernel kernel, int capacity);
 
 /// Name of a kernel, for error messages.
@@ -237,12 +235,15 @@ constexpr const char* kernel_name(Kernel kernel) {
   return kNames[static_cast<int>(kernel)];
 }
 
-/// Blocks to launch. Apply gets as many as run at once, so that leaving at once costs one round of
-/// blocks; the others one per chunk, which leaves the balancing to the hardware.
-constexpr int32_t grid_for(Kernel kernel, int32_t chunk_count, int sm_count) {
-  if (chunk_count <= 1) return 1;
-  const int32_t resident = sm_count * kBlocksPerSm;
-  return kernel == Kernel::kApply && chunk_count > resident ? resident : chunk_count;
+/// Blocks to launch: one for each chunk, which leaves balancing to the hardware. Apply, for which alone any
+/// number does, gets as many as run at once, so that leaving at once costs one round of blocks.
+///
+/// Without chunks `kStats` and `kValue` still need their one block, to write the identity; there is nothing
+/// to launch for the others.
+constexpr uint32_t grid_for(Kernel kernel, uint32_t chunk_count, int sm_count) {
+  const uint32_t resident = static_cast<uint32_t>(sm_count) * kBlocksPerSm;
+  if (kernel == Kernel::kApply && chunk_count > resident) return resident;
+  return chunk_count > 0 ? chunk_count : 1;
 }
 
 }  // namespace gradkern::cuda

@@ -10,7 +10,7 @@ namespace gradkern::cuda {
 /// into buffers of different offsets): those are loaded one by one.
 template <class T>
 GRADKERN_DEVICE uint4 load_weights(const T* weights) {
-  if (reinterpret_cast<uintptr_t>(weights) % 16 == 0) return *reinterpret_cast<const uint4*>(weights);
+  if (reinterpret_cast<uintptr_t>(weights) % 16 == 0) return load(reinterpret_cast<const uint4*>(weights));
   Vector<T> vector;
 #pragma unroll
   for (int e = 0; e < kWidth<T>; ++e) vector.element[e] = weights[e];
@@ -34,49 +34,46 @@ template <int kCapacity>
 __global__ void __launch_bounds__(kBlock, kPenaltyBlocksPerSm)
     penalty_kernel(const __grid_constant__ PenaltyArgs args,
                    const __grid_constant__ Addresses<kCapacity> addresses) {
-  for (int64_t i = blockIdx.x; i < args.plan.chunk_count; i += gridDim.x) {
-    const Chunk chunk = args.plan.chunks[i];
-    const TensorPlan& shape = args.plan.tensors[chunk.tensor];
-    double sum = 0;
-    with_type(shape.dtype, addresses.data[chunk.tensor], chunk.offset, [&](auto* grads) {
-      using T = std::remove_pointer_t<decltype(grads)>;
-      const T* const weights =
-          static_cast<const T*>(addresses.data[args.plan.tensor_count + chunk.tensor]) + chunk.offset;
-      for_each(
-          grads, chunk.length, block_team(),
-          [&](T* grad) { *grad = penalised(*grad, weights[grad - grads], args.l1, args.l2, sum); },
-          [&](const Batch& batch) {
-            const T* const first = weights + (reinterpret_cast<const T*>(batch.at) - grads);
-            uint4 loaded[kLoads];
+  const Chunk chunk = args.plan.chunks[blockIdx.x];
+  const TensorPlan& shape = args.plan.tensors[chunk.tensor];
+  double sum = 0;
+  with_type(shape.dtype, addresses.data[chunk.tensor], chunk.offset, [&](auto* grads) {
+    using T = std::remove_pointer_t<decltype(grads)>;
+    const T* const weights =
+        static_cast<const T*>(addresses.data[args.plan.tensor_count + chunk.tensor]) + chunk.offset;
+    for_each(
+        grads, chunk.length, block_team(),
+        [&](T* grad) { *grad = penalised(*grad, weights[grad - grads], args.l1, args.l2, sum); },
+        [&](const Batch& batch) {
+          const T* const first = weights + (reinterpret_cast<const T*>(batch.at) - grads);
+          uint4 loaded[kLoads];
 #pragma unroll
-            for (int k = 0; k < kLoads; ++k) {
-              if (k < batch.count) loaded[k] = load_weights(first + k * batch.stride * kWidth<T>);
+          for (int k = 0; k < kLoads; ++k) {
+            if (k < batch.count) loaded[k] = load_weights(first + k * batch.stride * kWidth<T>);
+          }
+#pragma unroll
+          for (int k = 0; k < kLoads; ++k) {
+            if (k >= batch.count) break;
+            Vector<T> vector = elements<T>(batch.vector[k]);
+            const Vector<T> weight = elements<T>(loaded[k]);
+#pragma unroll
+            for (int e = 0; e < kWidth<T>; ++e) {
+              vector.element[e] = penalised(vector.element[e], weight.element[e], args.l1, args.l2, sum);
             }
-#pragma unroll
-            for (int k = 0; k < kLoads; ++k) {
-              if (k >= batch.count) break;
-              Vector<T> vector = elements<T>(batch.vector[k]);
-              const Vector<T> weight = elements<T>(loaded[k]);
-#pragma unroll
-              for (int e = 0; e < kWidth<T>; ++e) {
-                vector.element[e] = penalised(vector.element[e], weight.element[e], args.l1, args.l2, sum);
-              }
-              batch.at[k * batch.stride] = raw(vector);
-            }
-          });
-    });
+            store(batch.at + k * batch.stride, raw(vector));
+          }
+        });
+  });
 
+  sum = block_sum(sum);
+  if (shape.chunk_count > 1) {
+    if (threadIdx.x == 0) args.partials[blockIdx.x] = sum;
+    if (!last_to_arrive(&args.tickets[chunk.tensor], shape.chunk_count)) return;
+    sum = 0;
+    for (int k = threadIdx.x; k < shape.chunk_count; k += kBlock) sum += args.partials[shape.first_chunk + k];
     sum = block_sum(sum);
-    if (shape.chunk_count > 1) {
-      if (threadIdx.x == 0) args.partials[i] = sum;
-      if (!last_to_arrive(&args.tickets[chunk.tensor], shape.chunk_count)) continue;
-      sum = 0;
-      for (int k = threadIdx.x; k < shape.chunk_count; k += kBlock)
-        sum += args.partials[shape.first_chunk + k];
-      sum = block_sum(sum);
-    }
-    if (threadIdx.x == 0) args.values[chunk.tensor] = sum;
   }
+  if (threadIdx.x == 0) args.values[chunk.tensor] = sum;
 }
 
 }  // namespace gradkern::cuda

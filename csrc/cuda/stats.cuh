@@ -90,7 +90,7 @@ GRADKERN_DEVICE Real<T> add_batch(Tally<T>& tally, const Batch& batch) {
     // Rare, and read again so that the batch need not be kept in registers for it.
 #pragma unroll 1
     for (int k = 0; k < batch.count; ++k) {
-      const Vector<T> vector = elements<T>(batch.at[k * batch.stride]);
+      const Vector<T> vector = elements<T>(load(batch.at + k * batch.stride));
 #pragma unroll
       for (int e = 0; e < kWidth<T>; ++e) add_exactly(tally, vector.element[e]);
     }
@@ -116,15 +116,14 @@ GRADKERN_DEVICE void finish_total(const Plan& plan, const Finish& finish) {
   if (finish.grad_scale) *finish.grad_scale = static_cast<float>(1 / coef);
 }
 
-/// Takes the statistics of a chunk (valid in thread 0) in; the last block of a tensor folds its row, the
-/// last of all the total.
+/// Takes in the statistics of the block's chunk (valid in thread 0); the last block of a tensor folds its
+/// row, the last of all the total.
 GRADKERN_DEVICE void finish_chunk(const Plan& plan, const Workspace& workspace, const Finish& finish,
-                                  int64_t chunk, Stats partial) {
-  const int tensor = plan.chunks[chunk].tensor;
+                                  int tensor, Stats partial) {
   const TensorPlan& shape = plan.tensors[tensor];
   Stats row = partial;
   if (shape.chunk_count > 1) {
-    if (threadIdx.x == 0) workspace.partials[chunk] = partial;
+    if (threadIdx.x == 0) workspace.partials[blockIdx.x] = partial;
     if (!last_to_arrive(&workspace.tickets[tensor], shape.chunk_count)) return;
     row = block_fold(workspace.partials + shape.first_chunk, shape.chunk_count);
   }
@@ -136,48 +135,47 @@ GRADKERN_DEVICE void finish_chunk(const Plan& plan, const Workspace& workspace, 
 template <int kCapacity>
 __global__ void __launch_bounds__(kBlock, kBlocksPerSm)
     stats_kernel(const __grid_constant__ StatsArgs args, const __grid_constant__ Addresses<kCapacity> grads) {
-  for (int64_t i = blockIdx.x; i < args.plan.chunk_count; i += gridDim.x) {
-    const Chunk chunk = args.plan.chunks[i];
-    Stats mine;
-    with_type(args.plan.tensors[chunk.tensor].dtype, grads.data[chunk.tensor], chunk.offset, [&](auto* data) {
-      Tally<std::remove_pointer_t<decltype(data)>> tally;
-      for_each(
-          data, chunk.length, block_team(), [&](auto* element) { add_one(tally, *element); },
-          [&](const Batch& batch) { add_batch(tally, batch); });
-      mine = stats_of(tally);
-    });
-    finish_chunk(args.plan, args.workspace, args.finish, i, block_merge(mine));
-  }
-  if (args.plan.filled_count == 0 && blockIdx.x == 0) finish_total(args.plan, args.finish);
+  if (args.plan.chunk_count == 0) return finish_total(args.plan, args.finish);
+  const Chunk chunk = args.plan.chunks[blockIdx.x];
+  Stats mine;
+  with_type(args.plan.tensors[chunk.tensor].dtype, grads.data[chunk.tensor], chunk.offset, [&](auto* data) {
+    Tally<std::remove_pointer_t<decltype(data)>> tally;
+    for_each(
+        data, chunk.length, block_team(), [&](auto* element) { add_one(tally, *element); },
+        [&](const Batch& batch) { add_batch(tally, batch); });
+    mine = stats_of(tally);
+  });
+  finish_chunk(args.plan, args.workspace, args.finish, chunk.tensor, block_merge(mine));
 }
 
+/// A block less than the other kernels: threads hold their loads until they know whether to write them.
+constexpr int kValueBlocksPerSm = kBlocksPerSm - 1;
+
 template <int kCapacity>
-__global__ void __launch_bounds__(kBlock, kBlocksPerSm)
+__global__ void __launch_bounds__(kBlock, kValueBlocksPerSm)
     value_kernel(const __grid_constant__ ValueArgs args, const __grid_constant__ Addresses<kCapacity> grads) {
-  for (int64_t i = blockIdx.x; i < args.plan.chunk_count; i += gridDim.x) {
-    const Chunk chunk = args.plan.chunks[i];
-    const DType dtype = args.plan.tensors[chunk.tensor].dtype;
-    const double bound = args.bounds[static_cast<int>(dtype)];
-    Stats mine;
-    with_type(dtype, grads.data[chunk.tensor], chunk.offset, [&](auto* data) {
-      using T = std::remove_pointer_t<decltype(data)>;
-      const Clamp<T> clamp{bits_of(narrow<T>(static_cast<Real<T>>(bound))), args.finish.nonfinite};
-      Tally<T> tally;
-      for_each(
-          data, chunk.length, block_team(),
-          [&](T* element) {
-            add_one(tally, *element);
-            *element = clamp(*element);
-          },
-          [&](const Batch& batch) {
-            const Real<T> largest = add_batch(tally, batch);
-            if (largest > bound || !finite(largest)) rewrite<T>(batch, clamp);
-          });
-      mine = stats_of(tally);
-    });
-    finish_chunk(args.plan, args.workspace, args.finish, i, block_merge(mine));
-  }
-  if (args.plan.filled_count == 0 && blockIdx.x == 0) finish_total(args.plan, args.finish);
+  if (args.plan.chunk_count == 0) return finish_total(args.plan, args.finish);
+  const Chunk chunk = args.plan.chunks[blockIdx.x];
+  const DType dtype = args.plan.tensors[chunk.tensor].dtype;
+  Stats mine;
+  with_type(dtype, grads.data[chunk.tensor], chunk.offset, [&](auto* data) {
+    using T = std::remove_pointer_t<decltype(data)>;
+    const Real<T> bound = static_cast<Real<T>>(args.bounds[static_cast<int>(dtype)]);
+    const Clamp<T> clamp{bits_of(narrow<T>(bound)), args.finish.nonfinite};
+    Tally<T> tally;
+    for_each(
+        data, chunk.length, block_team(),
+        [&](T* element) {
+          add_one(tally, *element);
+          *element = clamp(*element);
+        },
+        [&](const Batch& batch) {
+          const Real<T> largest = add_batch(tally, batch);
+          if (largest > bound || !finite(largest)) rewrite<T>(batch, clamp);
+        });
+    mine = stats_of(tally);
+  });
+  finish_chunk(args.plan, args.workspace, args.finish, chunk.tensor, block_merge(mine));
 }
 
 }  // namespace gradkern::cuda

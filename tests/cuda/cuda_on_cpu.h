@@ -29,6 +29,9 @@ struct alignas(16) uint4 {
 #define __syncthreads_or(predicate) executor::barrier(predicate)
 #define __threadfence() executor::fence()
 
+inline uint4 __ldcg(const uint4* address) { return *address; }
+inline void __stcg(uint4* address, uint4 value) { *address = value; }
+
 template <class T>
 T __shfl_down_sync(unsigned mask, T value, int distance) {
   return executor::shuffle(mask, value, executor::lane() + distance);

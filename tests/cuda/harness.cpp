@@ -24,7 +24,7 @@ struct Tensor {
 };
 
 struct Case {
-  int64_t kernel, capacity, grid, launches, seed;
+  int64_t kernel, capacity, launches, seed;
   const Tensor* tensors;
   int64_t tensor_count, chunk_numel;
   int64_t first_offset;  // what chunks pretend to lie behind, to see offsets beyond 32 bits
@@ -58,10 +58,12 @@ T* unwritten(const char* name, size_t count) {
 template <int kCapacity, class Args>
 std::string launch_with(const Case& c, const Args& args, const Addresses<kCapacity>& addresses, int64_t seed,
                         executor::Traffic* traffic) {
+  const int sms = 1;
+  const int grid = static_cast<int>(grid_for(static_cast<Kernel>(c.kernel), args.plan.chunk_count, sms));
   using Function = void (*)(Args, Addresses<kCapacity>);
   const void* const handle = kernel_handle(static_cast<Kernel>(c.kernel), kCapacity);
   const Function kernel = reinterpret_cast<Function>(const_cast<void*>(handle));
-  return executor::launch([&] { kernel(args, addresses); }, static_cast<int>(c.grid), kBlock, seed, traffic);
+  return executor::launch([&] { kernel(args, addresses); }, grid, kBlock, seed, traffic);
 }
 
 template <class Args>
@@ -106,7 +108,7 @@ struct Run {
 
     plan.chunks = upload("chunks", chunks.data(), chunks.size());
     plan.tensors = upload("shapes", shapes.data(), shapes.size());
-    plan.chunk_count = static_cast<int32_t>(chunks.size());
+    plan.chunk_count = static_cast<uint32_t>(chunks.size());
     plan.tensor_count = static_cast<int32_t>(shapes.size());
     for (const TensorPlan& shape : shapes) plan.filled_count += shape.chunk_count > 0;
     const std::vector<uint32_t> zeros(shapes.size() + 1, 0);

@@ -106,7 +106,7 @@ class _Tensor(ctypes.Structure):
 
 class _Case(ctypes.Structure):
     _fields_ = _fields(
-        ("kernel capacity grid launches seed", ctypes.c_int64),
+        ("kernel capacity launches seed", ctypes.c_int64),
         ("tensors", ctypes.POINTER(_Tensor)),
         ("tensor_count chunk_numel first_offset", ctypes.c_int64),
         ("max_norm eps l1 l2", ctypes.c_double),
@@ -157,7 +157,6 @@ def run(
     grads: Sequence[torch.Tensor],
     *,
     seed: int = 0,
-    grid: int = 3,
     capacity: int = 0,
     launches: int = 1,
     chunk_numel: int = CHUNK,
@@ -216,7 +215,7 @@ def run(
         "known_rows": None if rows is None else np.ascontiguousarray(rows, dtype=np.float64),
     }
     case = _Case(
-        kernel=KERNELS.index(kernel), capacity=capacity, grid=grid, launches=launches, seed=seed,
+        kernel=KERNELS.index(kernel), capacity=capacity, launches=launches, seed=seed,
         tensors=tensors, tensor_count=count, chunk_numel=chunk_numel, first_offset=first_offset,
         max_norm=max_norm, eps=eps, l1=l1, l2=l2, nonfinite=NONFINITE.index(nonfinite),
         scope=SCOPES.index(scope), coef_count=len(coef),

@@ -65,15 +65,15 @@ MUTANTS = [
     Mutant(
         "histograms counted before they are clear",
         "exponents.cuh",
-        "histograms[c] = 0;\n    __syncthreads();",
+        "histograms[c] = 0;\n  __syncthreads();",
         "histograms[c] = 0;",
         "exponents",
     ),
     Mutant(
-        "histograms cleared before they are read",
+        "histograms read before all are counted",
         "exponents.cuh",
-        "    __syncthreads();  // the histograms may be cleared\n",
-        "",
+        "  });\n  __syncthreads();",
+        "  });",
         "exponents",
     ),
     Mutant("half the lanes in the mask", "block.cuh", "0xffffffffu", "0x0000ffffu"),
@@ -139,8 +139,8 @@ MUTANTS = [
     Mutant(
         "vectors written to the wrong place",
         "clip.cuh",
-        "batch.at[k * batch.stride] = now;",
-        "batch.at[k] = now;",
+        "store(batch.at + k * batch.stride, now);",
+        "store(batch.at + k, now);",
         "value",
     ),
     Mutant(
@@ -205,8 +205,8 @@ MUTANTS = [
     Mutant(
         "chunks from the first",
         "apply.cuh",
-        "args.plan.chunks[i]",
         "args.plan.chunks[args.plan.chunk_count - 1 - i]",
+        "args.plan.chunks[i]",
         "apply",
     ),
     Mutant("every write is made", "clip.cuh", "k < batch.count && changed", "k < batch.count", "value"),

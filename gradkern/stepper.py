@@ -167,8 +167,9 @@ class Stepper:
         if word == "raise":
             raise_nonfinite("Clipper", GradStats(rows, total, seen.names), _RAISE_REMEDY)
         good = all_finite(total)
-        if self.tracked.excluded:
-            good = good & all_finite(ops.measure(self.excluded_grads())[1].to(total.device))
+        others = self.excluded_grads()
+        if others:
+            good = good & all_finite(ops.measure(others)[1].to(total.device))
         if found_inf is not None:
             good = good & (found_inf.to(total.device) == 0)
         measured = Measured(total=total, good=good, propagate=word == "propagate", loss=_on(loss, total))

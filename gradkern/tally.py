@@ -86,8 +86,9 @@ class Tally:
 
     def load_state_dict(self, saved: dict[str, Tensor]) -> None:
         """Go on from a copy, in place."""
-        self.counts.copy_(saved["counts"])
-        self.clipped.copy_(saved["clipped"])
+        for mine, theirs in ((self.counts, saved["counts"]), (self.clipped, saved["clipped"])):
+            # Not mine.copy_(), which wants a driver even for the fake tensors of a device.
+            torch.ops.aten.copy_.default(mine, theirs)
         self._pending.clear()
 
 

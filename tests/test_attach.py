@@ -833,6 +833,26 @@ def test_no_policy_waits_for_a_device_when_attached(name: str, policy: policies.
         assert clipper.last.norm.device.type == "cuda"
 
 
+@pytest.mark.parametrize(
+    "policy", [EVERY_POLICY[0], EVERY_POLICY[2], EVERY_POLICY[4], EVERY_POLICY[7]], ids=repr
+)
+@pytest.mark.parametrize("apply", ["auto", "eager"])
+def test_no_scaler_and_no_group_that_is_not_clipped_makes_it_wait(
+    policy: policies.Policy, apply: str
+) -> None:
+    with FakeTensorMode():
+        params = {part: nn.Parameter(torch.zeros(4, 3, device="cuda")) for part in ("rnn", "head", "other")}
+        optimizer = FUSED["adamw"]([params["rnn"], params["head"]])
+        optimizer.add_param_group({"params": [params["other"]], "clip_grad": apply == "auto"})
+        gradkern.Clipper(params, policy, apply=apply).attach(optimizer)
+        for param in params.values():
+            param.grad = torch.ones(4, 3, device="cuda")
+        optimizer.grad_scale = torch.ones((), device="cuda")
+        optimizer.found_inf = torch.zeros((), device="cuda")
+        with no_host_read():
+            step_hooks(optimizer)
+
+
 def test_on_a_device_the_flag_is_handed_over_whatever_it_says() -> None:
     with FakeTensorMode():
         param = nn.Parameter(torch.zeros(4, device="cuda"))

@@ -1,0 +1,125 @@
+"""Data on a scale that a network does not start from, and single batches that are off it."""
+
+from __future__ import annotations
+
+from typing import Final
+
+import numpy as np
+
+from gradkern.diagnosis import series
+from gradkern.diagnosis.detectors.spikes import HARM_Z, LEAST, SPIKE_Z, WINDOW, harm
+from gradkern.diagnosis.findings import Finding
+from gradkern.diagnosis.health import health
+from gradkern.diagnosis.view import View
+from gradkern.diagnosis.words import number
+from gradkern.record.schema import Record
+
+# Initialisations assume inputs of standard deviation 1. At 10 the first layer's gradients are 10 times and
+# the curvature 100 times what they should be. Images from 0 to 255 have about 60.
+INPUT_STD: Final = 10.0
+INPUT_PEAK: Final = 100.0
+
+# Targets of a regression: a squared error of 100 x 100 has gradients 100 times the usual. Class numbers and
+# tokens are larger but their loss is not: it must be a tenth of the target at least.
+TARGET_PEAK: Final = 100.0
+TARGET_LOSS: Final = 0.1
+
+# One batch against those before: ten times their largest value.
+BATCH_RATIO: Final = 10.0
+
+# Hidden units that are saturated or dead at the very first step, because of what comes in.
+BLOCKED: Final = 0.9
+
+
+def data_scale(record: Record) -> list[Finding]:
+    """Inputs or targets far from unit scale, or one batch ten times larger than all before it.
+
+    Inputs with a standard deviation of 10 or a largest value of 100, regression targets of 100: information,
+    for a normalising first layer makes up for it; a warning if the loss is bad, or the first hidden layer is
+    saturated or dead at the first step. A single batch: information, a warning if the loss was harmed.
+    """
+    view = View.of(record)
+    return [*_scale(view), *_batch(view)]
+
+
+def _scale(view: View) -> list[Finding]:
+    steps, _ = view.scalar("data_abs_max")
+    if not len(steps):
+        steps, _ = view.scalar("target_abs_max")
+    if not len(steps):
+        return []
+    state = health(view)
+    peak = series.median(view.scalar("data_abs_max")[1][:50])
+    std = series.median(view.scalar("data_std")[1][:50])
+    target = series.median(view.scalar("target_abs_max")[1][:50])
+    _, losses = view.scalar("loss")
+    first_loss = series.median(losses[:5])
+    tokens = any(p.role == "embedding" for p in view.parameters.values())
+    inputs = not tokens and (std >= INPUT_STD or peak >= INPUT_PEAK)
+    targets = target >= TARGET_PEAK and first_loss >= TARGET_LOSS * target
+    if not inputs and not targets:
+        return []
+    is_alarm = state.is_bad or (inputs and _is_blocked(view))
+    parts = []
+    if inputs:
+        parts.append(f"Inputs reach {number(peak)} (standard deviation {number(std)})")
+    if targets:
+        parts.append(f"{'t' if inputs else 'T'}argets reach {number(target)}")
+    return [
+        Finding(
+            "data_scale",
+            "warning" if is_alarm else "info",
+            int(steps[0]),
+            (),
+            max(std / INPUT_STD if inputs else 0.0, target / TARGET_PEAK if targets else 0.0),
+            1.0,
+            {
+                "data_abs_max": peak,
+                "data_std": std,
+                "target_abs_max": target,
+                "what": "both" if inputs and targets else "inputs" if inputs else "targets",
+            },
+            f"{' and '.join(parts)}; networks start from values around 1.",
+        )
+    ]
+
+
+def _is_blocked(view: View) -> bool:
+    for kind in ("act_saturated", "act_dead"):
+        _, rows = view.rows(kind)
+        names = view.names(kind)
+        if not len(rows):
+            continue
+        measured = [
+            m.name for m in view.modules if m.name in names and np.isfinite(rows[0, names.index(m.name)])
+        ]
+        if len(measured) > 1 and rows[0, names.index(measured[0])] >= BLOCKED:
+            return True
+    return False
+
+
+def _batch(view: View) -> list[Finding]:
+    found: list[Finding] = []
+    for name, what in (("data_abs_max", "inputs"), ("target_abs_max", "targets")):
+        steps, values = view.scalar(name)
+        jumps = series.spikes(values, window=WINDOW, least=LEAST, z=SPIKE_Z, ratio=BATCH_RATIO)
+        harmful = [jump for jump in jumps[:200] if harm(view, int(steps[jump[0]])) >= HARM_Z]
+        if not jumps:
+            continue
+        position, score, times = harmful[0] if harmful else jumps[0]
+        step = int(steps[position])
+        hurt = "; the loss was still up ten steps later" if harmful else ""
+        found.append(
+            Finding(
+                "data_scale",
+                "warning" if harmful else "info",
+                step,
+                (),
+                float(values[position]),
+                float(values[position]) / times * BATCH_RATIO,
+                {"z": score, "ratio": times, "batches": float(len(jumps)), "what": f"{what} of a batch"},
+                f"The {what} of the batch of step {step} reach {number(values[position])}, "
+                f"{number(times)} times the usual{hurt}.",
+            )
+        )
+    return found

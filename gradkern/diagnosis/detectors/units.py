@@ -1,0 +1,179 @@
+"""Units that do nothing: dead, saturated, without gradient, or not used at all."""
+
+from __future__ import annotations
+
+import math
+from typing import Final
+
+import numpy as np
+
+from gradkern.diagnosis import series
+from gradkern.diagnosis.findings import Finding, Severity
+from gradkern.diagnosis.health import health
+from gradkern.diagnosis.view import View
+from gradkern.diagnosis.words import count, listed, percent
+from gradkern.record.schema import Record
+
+# Sparse activations are the point of ReLU, and a small batch leaves many units at zero by chance. Nine in ten
+# over the last half of the run is an alarm if the loss is bad too; all of them, always, is one by itself: no
+# gradient passes.
+DEAD: Final = 0.9
+DEAD_ALONE: Final = 1.0
+LEAST_ROWS: Final = 2
+
+# Nine outputs in ten in the flat part of tanh or sigmoid: what passes back is below a tenth. The last layer
+# of a network that has converged is saturated rightly and is left out.
+SATURATED: Final = 0.9
+
+# At the first step, before anything was learned, 95 % is an initialisation or a scale of the inputs that is
+# wrong; if it stays so it is an alarm whatever the loss does.
+SATURATED_ALONE: Final = 0.95
+
+# A gradient that is exactly zero on each of 50 steps: not sparsity, which varies with the batch.
+ZERO_STEPS: Final = 50
+
+
+def dead_relu(record: Record) -> list[Finding]:
+    """Units of a module give zero for the whole batch, so that nothing reaches their weights.
+
+    Nine in ten of a module, median of the last half of the measurements: information, a warning if the loss
+    is bad. All units at every measurement of that half: a warning, an error if the loss is bad.
+    """
+    view = View.of(record)
+    steps, rows = view.rows("act_dead")
+    if len(steps) < LEAST_ROWS:
+        return []
+    recent = rows[len(rows) // 2 :].astype(np.float64)
+    medians = series.row_medians(recent)
+    bad = [int(i) for i in np.argsort(-np.nan_to_num(medians, nan=-1.0)) if medians[i] >= DEAD]
+    if not bad:
+        return []
+    names = view.names("act_dead")
+    worst = bad[0]
+    all_dead = np.nanmin(recent[:, worst]) >= DEAD_ALONE
+    is_bad = health(view).is_bad
+    severity: Severity = ("error" if is_bad else "warning") if all_dead else ("warning" if is_bad else "info")
+    bad.sort(key=lambda column: _order(view, names[column]))
+    if all_dead:
+        bad = [column for column in bad if np.nanmin(recent[:, column]) >= DEAD_ALONE]
+    column = bad[0]
+    onset = int(steps[np.flatnonzero(rows[:, column] >= DEAD)[0]])
+    share = float(medians[column])
+    return [
+        Finding(
+            "dead_relu",
+            severity,
+            onset,
+            tuple(names[i] for i in bad[:5]),
+            share,
+            DEAD_ALONE if all_dead else DEAD,
+            {"modules": float(len(bad)), "at_start": float(rows[0, column])},
+            f"{percent(share)} of the units of {names[column]!r} have been zero for whole batches since step "
+            f"{onset}{_more(len(bad) - 1)}.",
+        )
+    ]
+
+
+def saturated_activation(record: Record) -> list[Finding]:
+    """Nine tenths of a hidden module's outputs are in the flat part of tanh or sigmoid.
+
+    Median of the measurements. Information, a warning if the loss is bad, or 95 % from the first step on.
+    """
+    view = View.of(record)
+    steps, rows = view.rows("act_saturated")
+    if len(steps) < LEAST_ROWS:
+        return []
+    names = view.names("act_saturated")
+    last = view.modules[-1].name if view.modules else ""
+    medians = series.row_medians(rows)
+    bad = [i for i in range(len(names)) if medians[i] >= SATURATED and names[i] != last]
+    if not bad:
+        return []
+    bad.sort(key=lambda column: _order(view, names[column]))
+    column = bad[0]
+    onset = int(steps[np.flatnonzero(rows[:, column] >= SATURATED)[0]])
+    is_blocked = view.has_start and min(float(rows[0, column]), float(medians[column])) >= SATURATED_ALONE
+    return [
+        Finding(
+            "saturated_activation",
+            "warning" if health(view).is_bad or is_blocked else "info",
+            onset,
+            tuple(names[i] for i in bad[:5]),
+            float(medians[column]),
+            SATURATED,
+            {"modules": float(len(bad)), "at_start": float(rows[0, column])},
+            f"{percent(float(medians[column]))} of the outputs of {names[column]!r} have been in the flat "
+            f"part of the activation function since step {onset}.",
+        )
+    ]
+
+
+def zero_gradient(record: Record) -> list[Finding]:
+    """Every element of a weight's gradient is exactly zero on each of 50 steps or more.
+
+    A warning. Embeddings are left out, and so are weights that have no gradient (`unused_parameter`).
+    """
+    view = View.of(record)
+    steps, rows = view.rows("grad_norm")
+    if len(steps) < ZERO_STEPS:
+        return []
+    names = view.names("grad_norm")
+    zero = np.nan_to_num(rows, nan=1.0)[-ZERO_STEPS:] == 0
+    bad = [
+        i for i in view.matrices("grad_norm") if zero[:, i].all() and view.parameters[names[i]].requires_grad
+    ]
+    if not bad:
+        return []
+    column = bad[0]
+    moving = np.flatnonzero(np.nan_to_num(rows[:, column], nan=1.0) != 0)
+    onset = int(steps[moving[-1] + 1]) if len(moving) else int(steps[0])
+    found = tuple(names[i] for i in bad)
+    everything = len(bad) == len(view.matrices("grad_norm"))
+    return [
+        Finding(
+            "zero_gradient",
+            "warning",
+            onset,
+            found[:5],
+            float(len(bad)),
+            0.0,
+            {"parameters": float(len(bad)), "all": "yes" if everything else "no"},
+            f"The gradient of {listed(found)} has been exactly zero since step {onset}.",
+        )
+    ]
+
+
+def unused_parameter(record: Record) -> list[Finding]:
+    """A parameter that asks for a gradient never got one. Information: a backbone may be used without it."""
+    view = View.of(record)
+    steps, rows = view.rows("grad_norm")
+    if len(steps) < 2:
+        return []
+    names = view.names("grad_norm")
+    known = {name for column, name in enumerate(names) if not np.isnan(rows[:, column]).all()}
+    unused = tuple(
+        name for name, p in view.parameters.items() if p.requires_grad and name not in known and p.numel > 0
+    )
+    if not unused or not known:
+        return []
+    return [
+        Finding(
+            "unused_parameter",
+            "info",
+            int(steps[0]),
+            unused[:5],
+            float(len(unused)),
+            0.0,
+            {"parameters": float(len(unused))},
+            f"{count(len(unused), 'parameter')} never got a gradient: {listed(unused)}.",
+        )
+    ]
+
+
+def _order(view: View, name: str) -> float:
+    orders = view.kept("orders", lambda: {module.name: module.order for module in view.modules})
+    return orders.get(name, math.inf)
+
+
+def _more(others: int) -> str:
+    return f", and so in {count(others, 'other module')}" if others else ""

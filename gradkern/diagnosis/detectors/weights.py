@@ -1,0 +1,186 @@
+"""Weights that run away, and updates that are too large or too small for them."""
+
+from __future__ import annotations
+
+import math
+from typing import Final
+
+import numpy as np
+
+from gradkern.diagnosis import series
+from gradkern.diagnosis.findings import Finding
+from gradkern.diagnosis.health import LARGE_UPDATE, health
+from gradkern.diagnosis.view import View
+from gradkern.diagnosis.words import number
+from gradkern.record.schema import Record
+
+# Growth: ten times the first weights, to a root mean square of 10. Trained weights stay below 1; embeddings
+# and gains begin at 1.
+GROWN: Final = 10.0
+GROWN_RMS: Final = 10.0
+
+# Growth that goes on: the second half of the run still grows at half the rate of the whole, in log.
+STILL_GROWING: Final = 0.5
+
+# The largest finite number of each dtype.
+LARGEST: Final = {"float16": 65504.0, "bfloat16": 3.39e38, "float32": 3.40e38, "float64": 1.80e308}
+
+# Of the weights, an update. A thousandth is usual and a hundredth is fast; at a tenth ten steps replace
+# them. An alarm only if the loss is bad; at half of them, over the whole run, nothing that was learned stays.
+RATIO_HIGH: Final = 0.1
+RATIO_HIGH_ALONE: Final = 0.5
+
+# In float32 a millionth of a weight is a few units in the last place: 10,000 such steps move it by 1 %.
+RATIO_LOW: Final = 1e-6
+# With a flat loss, this is slow: 1000 steps move the weights by 1 %.
+RATIO_SLOW: Final = 1e-5
+
+
+def weights_growing(record: Record) -> list[Finding]:
+    """A weight has grown tenfold, to a root mean square of 10, and is not slowing down.
+
+    Extrapolated, log-linearly, to the overflow of its dtype. A warning; an error if that is nearer than the
+    steps already run, or weights are a million times the first.
+    """
+    view = View.of(record)
+    steps, rows = view.rows("weight_norm")
+    if len(steps) < 2 or not view.has_start:
+        return []
+    names = view.names("weight_norm")
+    found: list[tuple[float, Finding]] = []
+    for column, name in enumerate(names):
+        parameter = view.parameters[name]
+        norms = rows[:, column].astype(np.float64)
+        kept = np.isfinite(norms) & (norms > 0)
+        if kept.sum() < 2 or parameter.role not in ("weight", "recurrent", "embedding"):
+            continue
+        at, logs = steps[kept].astype(np.float64), series.log10(norms[kept])
+        size = math.sqrt(max(parameter.numel, 1))
+        growth, rms = 10.0 ** (logs[-1] - logs[0]), 10.0 ** logs[-1] / size
+        if growth < GROWN or rms < GROWN_RMS:
+            continue
+        half = len(logs) // 2
+        whole = (logs[-1] - logs[0]) / (at[-1] - at[0])
+        recent = (logs[-1] - logs[half]) / (at[-1] - at[half]) if at[-1] > at[half] else whole
+        if len(logs) >= 6 and recent < STILL_GROWING * whole:
+            continue
+        rate = max(recent, whole) if len(logs) < 6 else recent
+        largest = LARGEST.get(parameter.dtype, LARGEST["float32"])
+        peaks = _column(view, "weight_abs_max", name)
+        peak = float(peaks[-1]) if len(peaks) and peaks[-1] > 0 else rms
+        left = (math.log10(largest) - math.log10(peak)) / rate
+        overflow = at[-1] + left
+        onset = int(at[np.flatnonzero(logs >= logs[0] + 0.3)[0]])
+        is_near = left <= at[-1] - at[0] or growth >= 1e6
+        found.append((
+            growth,
+            Finding(
+                "weights_growing",
+                "error" if is_near else "warning",
+                onset,
+                (name,),
+                growth,
+                GROWN,
+                {"rms": rms, "abs_max": peak, "decades_per_100_steps": 100 * rate, "overflow_step": overflow},
+                f"{name!r} has grown {number(growth)} times since the start and goes on: at this rate it "
+                f"leaves {parameter.dtype or 'float32'} at step {number(round(overflow))}.",
+            ),
+        ))  # fmt: skip
+    found.sort(key=lambda pair: -pair[0])
+    return [finding for _, finding in found[:3]]
+
+
+def update_ratio_high(record: Record) -> list[Finding]:
+    """Updates are a tenth of the weights or more while the loss is bad, or half of them all the time.
+
+    With a bad loss a tenth of the steps, one step of 0.3, or one on the way to a NaN is enough.
+
+    The usual cause is the learning rate. Zero weights, which have no ratio, are left out.
+    """
+    view = View.of(record)
+    steps, ratios = view.total_update_ratios
+    kept = np.isfinite(ratios)
+    steps, ratios = steps[kept], ratios[kept]
+    state = health(view)
+    if not len(ratios):
+        return []
+    # Until the loss is gone: afterwards every number is one of its consequences.
+    if state.nonfinite is not None and (steps <= state.nonfinite).any():
+        ratios, steps = ratios[steps <= state.nonfinite], steps[steps <= state.nonfinite]
+    usual = series.median(ratios)
+    high = ratios >= RATIO_HIGH
+    worst = float(np.max(ratios))
+    is_lasting = usual >= RATIO_HIGH_ALONE and len(ratios) >= 5
+    share = float(high.mean())
+    is_hard = share >= 0.1 or worst >= LARGE_UPDATE or (state.nonfinite is not None and bool(high.any()))
+    if not is_lasting and not (state.is_bad and is_hard):
+        return []
+    first = int(steps[np.flatnonzero(high)[0]])
+    names = _moved_most(view, first)
+    lr_steps, lrs = view.scalar("lr")
+    lr = float(series.at(lr_steps, lrs, [first])[0])
+    rate = f" at a learning rate of {number(lr)}" if math.isfinite(lr) else ""
+    return [
+        Finding(
+            "update_ratio_high",
+            "error" if state.trouble is not None else "warning",
+            first,
+            names,
+            worst if not is_lasting else usual,
+            RATIO_HIGH_ALONE if is_lasting else RATIO_HIGH,
+            {"median": usual, "largest": worst, "share": share, "lr": lr},
+            f"Updates reach {number(worst)} times the weights (usually {number(usual)}) from step {first} on"
+            f"{rate}; a thousandth is usual.",
+        )
+    ]
+
+
+def update_ratio_low(record: Record) -> list[Finding]:
+    """Updates are below a millionth of the weights (a hundred thousandth if the loss is flat) all the time.
+
+    Information, a warning if the loss is flat.
+    """
+    view = View.of(record)
+    steps, ratios, names = view.update_ratios
+    if len(steps) < 3 or not names or not view.has_start:
+        return []
+    medians = series.row_medians(ratios)
+    known = np.isfinite(medians)
+    if not known.any():
+        return []
+    flat = health(view).flat
+    limit = RATIO_SLOW if flat else RATIO_LOW
+    highest = float(np.nanmax(medians))
+    if highest >= limit:
+        return []
+    lr_steps, lrs = view.scalar("lr")
+    lr = series.median(lrs) if len(lr_steps) else math.nan
+    rate = f" The learning rate is {number(lr)}." if math.isfinite(lr) else ""
+    order = np.argsort(np.where(known, medians, np.inf))
+    return [
+        Finding(
+            "update_ratio_low",
+            "warning" if flat else "info",
+            int(steps[0]),
+            tuple(names[i] for i in order[:3] if known[i]),
+            highest,
+            limit,
+            {"median": series.median(medians), "lr": lr},
+            f"Updates are at most {number(highest)} of the weights in every layer; "
+            f"a thousandth is usual.{rate}",
+        )
+    ]
+
+
+def _column(view: View, kind: str, name: str) -> np.ndarray:
+    _, rows = view.rows(kind)
+    names = view.names(kind)
+    return series.finite(rows[:, names.index(name)]) if name in names and len(rows) else np.empty(0)
+
+
+def _moved_most(view: View, step: int) -> tuple[str, ...]:
+    steps, ratios, names = view.update_ratios
+    if not len(steps):
+        return ()
+    row = np.nan_to_num(ratios[max(int(np.searchsorted(steps, step, "right")) - 1, 0)], nan=-1.0)
+    return tuple(names[i] for i in np.argsort(-row)[:3] if row[i] > 0)

@@ -1,0 +1,73 @@
+"""Running cases and judging what is said about them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from gradkern.diagnosis import Diagnosis, diagnose
+from gradkern.record import Record
+from tests.diagnosis.runs import record_run
+from tests.diagnosis.suite import CASES, Case, make
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What was said about a run, against its label."""
+
+    case: Case
+    seed: int
+    steps: int
+    record: Record
+    diagnosis: Diagnosis
+
+    @property
+    def alarms(self) -> int:
+        return len(self.diagnosis.alarms)
+
+    @property
+    def kinds(self) -> set[str]:
+        return {finding.kind for finding in self.diagnosis.alarms}
+
+    @property
+    def is_detected(self) -> bool:
+        """An alarm of one of the kinds that it must be."""
+        return bool(self.kinds & set(self.case.must))
+
+    @property
+    def is_as_labelled(self) -> bool:
+        """Of a healthy run, whether it turned out healthy, by its losses alone; of others True.
+
+        A seed may make a run that was meant to learn fail. Whoever says so is right: such runs are counted
+        apart, by a rule that no detector has a part in.
+        """
+        if not self.case.is_healthy:
+            return True
+        _, losses = self.record.scalar("loss")
+        if not np.isfinite(losses).all():
+            return False
+        first, last = float(np.median(losses[:10])), float(np.median(losses[-(len(losses) // 10) :]))
+        slack = 1.2 if self.case.outcome == "stays" else 0.9 if first > 0 else 1.0
+        return last < slack * first
+
+    @property
+    def is_right(self) -> bool:
+        """Detected, and with the right root cause; of a healthy run, silence."""
+        if self.case.is_healthy:
+            return not self.alarms
+        wrong = self.kinds & set(self.case.must_not)
+        return self.is_detected and self.diagnosis.category in self.case.causes and not wrong
+
+
+def run_case(name: str, seed: int) -> Verdict:
+    """Train the run of a case, record it and diagnose it."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        setup = make(name, seed)
+        record = record_run(setup, rows_every=CASES[name].rows_every)
+    finally:
+        torch.set_num_threads(threads)
+    return Verdict(CASES[name], seed, setup.steps, record, diagnose(record))

@@ -27,9 +27,9 @@ MAX_NORM = 1.0
 # Joint norms of gradients that MAX_NORM leaves alone, and of those that it clips.
 SMALL_NORM, LARGE_NORM = 0.5, 3.0
 
-# What a norm may be off by, relatively: gradkern's as it promises; torch's and optax's because they round it
-# to bfloat16 (0.4 %) or add up 64 Mi squares in float32 (0.5 %).
-OUR_TOLERANCE, THEIR_TOLERANCE = 1e-12, 0.01
+# What a norm may be off by, relatively: gradkern's as it promises; the others' because they add up 64 Mi
+# squares in float32 (torch: 0.5 %) or round to bfloat16 (torch: 0.4 %; optax, in each addition: 1.6 %).
+OUR_TOLERANCE, THEIR_TOLERANCE = 1e-12, 0.02
 
 Rivals = Literal["compiled", "optax"]
 

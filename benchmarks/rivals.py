@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.dlpack import from_dlpack
 
 from benchmarks.gradients import Gradients
 
@@ -41,7 +42,7 @@ class Optax:
 
         def step(grads: list[Any]) -> Any:
             clipped, _ = clip.update(grads, clip.init(grads))
-            return clipped, optax.global_norm(grads)
+            return clipped, optax.tree.norm(grads)
 
         dtype = jnp.bfloat16 if gradients.dtype == torch.bfloat16 else jnp.float32
         self._originals = [jnp.asarray(grad.float().numpy(), dtype) for grad in gradients.originals]
@@ -61,9 +62,4 @@ class Optax:
 
     def grads(self) -> list[Tensor]:
         """The gradients as they are now, without a copy."""
-        import numpy as np
-
-        arrays = [np.asarray(grad) for grad in self._grads]
-        if arrays[0].dtype == np.float32:
-            return [torch.from_numpy(array) for array in arrays]
-        return [torch.from_numpy(array.view(np.int16)).view(torch.bfloat16) for array in arrays]
+        return [from_dlpack(grad) for grad in self._grads]

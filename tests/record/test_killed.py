@@ -16,21 +16,17 @@ from tests.record.victim import NOTE
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="the runs are forked")
 
-AT_ONCE = 4
 RUNS = 20
 
 
 @pytest.fixture(scope="module")
 def killed(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     """Records of runs that were killed at random moments of their first two seconds."""
-    directories = [tmp_path_factory.mktemp("killed") for _ in range(AT_ONCE)]
-    command = [sys.executable, "-m", "tests.record.victim"]
-    processes = [
-        subprocess.Popen([*command, str(directory), str(RUNS // AT_ONCE), str(seed)])
-        for seed, directory in enumerate(directories)
-    ]
-    assert [process.wait(120) for process in processes] == [0] * AT_ONCE
-    return [directory / f"run{run}.gk" for directory in directories for run in range(RUNS // AT_ONCE)]
+    directory = tmp_path_factory.mktemp("killed")
+    subprocess.run(
+        [sys.executable, "-m", "tests.record.victim", directory, str(RUNS)], check=True, timeout=120
+    )
+    return [directory / f"run{run}.gk" for run in range(RUNS)]
 
 
 def notes(path: Path) -> tuple[list[tuple[int, float]], float]:

@@ -2,7 +2,10 @@ from __future__ import annotations
 
 import itertools
 import logging
+import os
 import sqlite3
+import subprocess
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -95,6 +98,27 @@ def test_small_batches_make_no_small_blocks(path: Path) -> None:
             assert recorder.flush()
     with sqlite3.connect(path) as connection:
         assert connection.execute("SELECT count(*) FROM blocks").fetchone() == (2,)
+
+
+def test_a_program_that_ends_without_closing_loses_nothing(path: Path) -> None:
+    code = "import sys; from gradkern.record import Writer; Writer(sys.argv[1]).put_scalars(7, {'loss': 1})"
+    subprocess.run([sys.executable, "-c", code, path], check=True, timeout=120)
+    with Run.open(path) as run:
+        assert run.steps.tolist() == [7]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="takes a fork")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_closing_in_a_forked_child_leaves_the_parents_record_alone(path: Path) -> None:
+    with Writer(path) as recorder:
+        put(recorder, range(3))
+        child = os.fork()
+        if child == 0:
+            recorder.close()
+            os._exit(0)
+        assert os.waitpid(child, 0)[1] == 0
+        put(recorder, range(3, 6))
+    assert row_steps(path) == list(range(6))
 
 
 def test_closing_twice_does_nothing(path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Runs that are killed: `python -m tests.record.victim DIRECTORY RUNS SEED`.
+"""Runs that are killed: `python -m tests.record.victim DIRECTORY RUNS`.
 
 Each run is a process that records a step every few milliseconds into run<i>.gk until it is killed at a random
 moment, and notes each step beside it as soon as it has been put. When it was killed goes to killed<i>.
@@ -17,6 +17,7 @@ from pathlib import Path
 from gradkern.record import Writer
 
 NAMES = [f"layer{i}.weight" for i in range(100)]
+AT_ONCE = 5
 NOTE = struct.Struct("<qd")  # step, time.monotonic() after it was put
 
 
@@ -36,22 +37,26 @@ def record(directory: Path, run: int) -> None:
         time.sleep(0.004)
 
 
-def main(directory: Path, runs: int, seed: int) -> None:
-    """Start and kill `runs` runs, one after the other."""
-    moments = random.Random(seed)
-    for run in range(runs):
-        child = os.fork()
-        if child == 0:
-            try:
-                record(directory, run)
-            finally:
-                os._exit(1)
-        time.sleep(moments.uniform(0.05, 2.0))
-        os.kill(child, signal.SIGKILL)
-        killed = time.monotonic()
-        os.waitpid(child, 0)
-        (directory / f"killed{run}").write_text(repr(killed))
+def main(directory: Path, runs: int) -> None:
+    """Start and kill `runs` runs, a few at a time."""
+    moments = random.Random(0)
+    for begin in range(0, runs, AT_ONCE):
+        group = []
+        for run in range(begin, min(begin + AT_ONCE, runs)):
+            child = os.fork()
+            if child == 0:
+                try:
+                    record(directory, run)
+                finally:
+                    os._exit(1)
+            group.append((time.monotonic() + moments.uniform(0.05, 2.0), child, run))
+        for moment, child, run in sorted(group):
+            time.sleep(max(moment - time.monotonic(), 0.0))
+            os.kill(child, signal.SIGKILL)
+            killed = time.monotonic()
+            os.waitpid(child, 0)
+            (directory / f"killed{run}").write_text(repr(killed))
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))
+    main(Path(sys.argv[1]), int(sys.argv[2]))

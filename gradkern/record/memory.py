@@ -17,6 +17,7 @@ from gradkern.record.schema import (
     Values,
     as_histograms,
     as_row,
+    as_table,
     check_names,
     copied,
     join,
@@ -131,6 +132,14 @@ class MemoryRecord:
         if len(row) < len(self._names[kind]):
             row = np.append(row, np.full(len(self._names[kind]) - len(row), np.nan, np.float32))
         self._append(series, step, row)
+
+    def put_table(self, kinds: Sequence[str], step: int, values: npt.ArrayLike) -> None:
+        """See `Recorder.put_table`."""
+        for kind in kinds:
+            self._named("put_table", kind)
+        table = as_table(kinds, values, [self._written[kind] for kind in kinds])
+        for kind, row in zip(kinds, table, strict=True):
+            self.put_rows(kind, step, row)
 
     def put_exponents(self, step: int, values: npt.ArrayLike) -> None:
         """See `Recorder.put_exponents`."""

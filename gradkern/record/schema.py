@@ -155,6 +155,13 @@ class Recorder(Protocol):
         """Record a row: ``[n]`` numbers, in the order of the names of `kind`, NaN where there is none."""
         ...
 
+    def put_table(self, kinds: Sequence[str], step: int, values: npt.ArrayLike) -> None:
+        """Record a row of each of `kinds` with the same number of names: ``[len(kinds), n]`` numbers.
+
+        The same as a `put_rows` for each, and where it writes to a file less work for the caller.
+        """
+        ...
+
     def put_exponents(self, step: int, values: npt.ArrayLike) -> None:
         """Record histograms: whole numbers ``[n, 64]``, in the order of the names of kind ``"exponents"``."""
         ...
@@ -203,12 +210,26 @@ def as_row(kind: str, values: npt.ArrayLike, numel: int) -> Rows:
             f"put_rows: kind {kind!r} has {numel} names, got values of shape {list(given.shape)}. "
             f"Hand one value for each name, or set_names first."
         )
+    if given.dtype == np.float32:
+        row: Rows = given.copy()
+        return row
     with np.errstate(over="ignore"):
-        row: Rows = given.astype(np.float32)
-    if given.dtype != np.float32 and np.isinf(row).any():
+        row = given.astype(np.float32)
+    if np.isinf(row).any():
         overflown = np.isinf(row) & np.isfinite(given)
         row[overflown] = np.copysign(np.finfo(np.float32).max, given[overflown])
     return row
+
+
+def as_table(kinds: Sequence[str], values: npt.ArrayLike, widths: Sequence[int]) -> npt.NDArray[Any]:
+    """`values`, ``[len(kinds), n]``, as a new array. ValueError if the shape or a kind's width is another."""
+    table = np.array(values)
+    if table.ndim != 2 or len(table) != len(kinds) or any(width != table.shape[1] for width in widths):
+        raise ValueError(
+            f"put_table: kinds {list(kinds)} have {list(widths)} names, got values of shape "
+            f"{list(table.shape)}. Hand a row for each kind, with one value for each of its names."
+        )
+    return table
 
 
 def as_histograms(values: npt.ArrayLike, numel: int) -> Exponents:

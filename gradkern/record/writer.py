@@ -17,7 +17,7 @@ from typing import Any, Final
 
 import numpy.typing as npt
 
-from gradkern.record.schema import EXPONENTS, as_histograms, as_row, check_names, copied
+from gradkern.record.schema import EXPONENTS, as_histograms, as_row, as_table, check_names, copied
 from gradkern.record.store import Store
 
 # Half of the second that a killed process may lose: the other half is for writing.
@@ -122,6 +122,16 @@ class Writer:
             raise ValueError(f"put_rows: kind {kind!r} has no names. Call set_names({kind!r}, names) first.")
         row = as_row(kind, values, self._widths[kind])
         self._enter(self._store.take_row, (kind, int(step), row), row.nbytes)
+
+    def put_table(self, kinds: Sequence[str], step: int, values: npt.ArrayLike) -> None:
+        """See `Recorder.put_table`. It counts as one record if it is dropped."""
+        for kind in kinds:
+            if kind not in self._widths:
+                raise ValueError(
+                    f"put_table: kind {kind!r} has no names. Call set_names({kind!r}, names) first."
+                )
+        table = as_table(kinds, values, [self._widths[kind] for kind in kinds])
+        self._enter(self._take_table, (tuple(kinds), int(step), table), table.nbytes)
 
     def put_exponents(self, step: int, values: npt.ArrayLike) -> None:
         """See `Recorder.put_exponents`."""
@@ -254,6 +264,10 @@ class Writer:
             self._busy_since = None
             with contextlib.suppress(sqlite3.Error):
                 self._store.close()
+
+    def _take_table(self, kinds: Sequence[str], step: int, table: npt.NDArray[Any]) -> None:
+        for kind, row in zip(kinds, table, strict=True):
+            self._store.take_row(kind, step, as_row(kind, row, len(row)))
 
     def _next(self) -> tuple[list[tuple[Callable[..., None], tuple[Any, ...]]], bool]:
         """Wait for the time of the next batch. Returns it, and whether it is the last."""

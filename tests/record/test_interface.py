@@ -93,6 +93,33 @@ def test_rows_come_back_to_the_bit(recorded: Recorded) -> None:
         assert got.tobytes() == rows.tobytes()
 
 
+def test_a_table_is_a_row_of_each_of_its_kinds(recorded: Recorded) -> None:
+    kinds = ["grad_norm", "grad_inf"]
+
+    def fill(recorder: Recorder) -> None:
+        for kind in kinds:
+            recorder.set_names(kind, ["a", "b", "c"])
+        for step in range(3):
+            recorder.put_table(kinds, step, np.array([[step, 2, 1e300], [0, 0, step]]))
+
+    with recorded(fill) as record:
+        largest = float(np.finfo(np.float32).max)
+        assert record.rows("grad_norm")[1].tolist() == [[step, 2, largest] for step in range(3)]
+        assert record.rows("grad_inf")[1].tolist() == [[0, 0, step] for step in range(3)]
+
+
+@pytest.mark.parametrize("shape", [(2, 2), (1, 3), (3,)])
+def test_a_table_of_another_shape_is_refused(recorded: Recorded, shape: tuple[int, ...]) -> None:
+    def fill(recorder: Recorder) -> None:
+        recorder.set_names("grad_norm", ["a", "b", "c"])
+        recorder.set_names("grad_inf", ["a", "b", "c"])
+        with pytest.raises(ValueError, match=r"put_table: kinds .* got values of shape"):
+            recorder.put_table(["grad_norm", "grad_inf"], 0, np.zeros(shape))
+
+    with recorded(fill) as record:
+        assert len(record.rows("grad_norm")[0]) == 0
+
+
 def test_rows_that_are_nearly_all_zero_come_back(recorded: Recorded) -> None:
     rows = np.zeros((40, 50), np.float32)
     rows[17, 3] = 5

@@ -307,7 +307,7 @@ CASES = [
     *small("resnet", "162 tensors, 2 M", shapes.resnet, Goal("torch", floor=6, aim=9)),
     Case(
         "five",
-        "all five statistics of each tensor, GPT-2 small, against separate calls",
+        "all five statistics, GPT-2 small, against separate calls",
         shapes.gpt2_small,
         five_statistics,
         (Goal("torch", floor=30), Goal("ceiling", "share")),
@@ -316,7 +316,7 @@ CASES = [
     ),
     Case(
         "norm-only",
-        "all five statistics, GPT-2 small, against the norm alone (time taken)",
+        "all five statistics, GPT-2 small, in times of the norm alone",
         shapes.gpt2_small,
         norm_only,
         (Goal("norm only", "time", floor=1.1),),

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from benchmarks.results import Results
+from benchmarks.results import Goal, Results, Row
 
 # Of Paul Tol's high-contrast scheme, which every kind of colour vision can tell apart, in print too.
-_BAR, _OTHER, _AIM = "#004488", "#DDAA33", "#BB5566"
+_BLUE, _YELLOW, _RED = "#004488", "#DDAA33", "#BB5566"
+
+Shown = Sequence[tuple[Row, Goal, float]]
 
 
 def draw(results: Results, path: Path) -> None:
@@ -16,6 +20,7 @@ def draw(results: Results, path: Path) -> None:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
+    from matplotlib.ticker import LogLocator
 
     shown = [
         (row, goal, ratio)
@@ -25,41 +30,55 @@ def draw(results: Results, path: Path) -> None:
     ]
     if not shown:
         raise ValueError("draw: no row of these results is measured against torch.")
-    figure, axes = plt.subplots(figsize=(9, 1.6 + 0.42 * len(shown)), layout="constrained")
-    widths = [ratio - 1 for *_, ratio in shown]
-    axes.barh(range(len(shown)), widths, left=1, height=0.6, color=_BAR, label="gradkern, with quartiles")
+    places = range(len(shown))
+    figure, axes = plt.subplots(figsize=(9, 1.5 + 0.36 * len(shown)), layout="constrained")
+    axes.barh(places, [ratio - 1 for *_, ratio in shown], left=1, height=0.55, color=_BLUE, label="gradkern")
     for place, (row, goal, ratio) in enumerate(shown):
-        between = row.ratio_quartiles(goal) or (ratio, ratio)
-        axes.plot(between, [place, place], color="black", linewidth=1.2)
+        axes.plot(row.ratio_quartiles(goal) or (), (place, place), color="0.6", linewidth=1.5)
+        # In a column of their own, where no mark can hide them.
         axes.annotate(
-            goal.words(ratio),
-            (max(ratio, between[1]), place),
-            xytext=(6, 0),
-            textcoords="offset points",
-            va="center",
-            fontweight="bold",
+            goal.words(ratio), (1.01, place), xycoords=("axes fraction", "data"), va="center", weight="bold"
         )
-    marks = (
-        (
-            "floor",
-            "|",
-            [(goal.floor, place) for place, (_, goal, _) in enumerate(shown) if goal.floor],
-            _OTHER,
-        ),
-        ("aim", "D", [(goal.aim, place) for place, (_, goal, _) in enumerate(shown) if goal.aim], _AIM),
-    )
-    for name, marker, points, colour in marks:
+    for label, values, style in _marks(shown):
+        points = [(value, place) for place, value in enumerate(values) if value is not None]
         if points:
-            axes.scatter(*zip(*points, strict=True), marker=marker, color=colour, label=name, zorder=3)
+            axes.plot(*zip(*points, strict=True), linestyle="none", label=label, zorder=3, **style)
     axes.axvline(1, color="black", linewidth=1)
     axes.set_xscale("log")
-    axes.set_yticks(range(len(shown)), [row.work for row, *_ in shown])
-    axes.invert_yaxis()
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.xaxis.set_major_formatter("{x:g}×")
-    axes.set_xlabel("times as fast as torch's best call (logarithmic)")
-    axes.grid(axis="x", which="both", alpha=0.2)
+    axes.xaxis.set_minor_formatter("")
+    axes.set_yticks(places, [_title(row) for row, *_ in shown])
+    axes.set_ylim(len(shown) - 0.4, -0.6)
+    axes.set_xlabel(
+        f"times as fast as torch's best call (logarithmic)\n{results.machine_facts.get('cpu', '')}"
+    )
+    axes.grid(axis="x", alpha=0.25)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=4, frameon=False)
+    figure.legend(loc="outside upper center", ncols=5, frameon=False, handlelength=1.5)
     figure.savefig(path, dpi=160)
     plt.close(figure)
+
+
+def _marks(shown: Shown) -> list[tuple[str, list[float | None], dict[str, Any]]]:
+    """Name, one value per row, and style of each kind of mark."""
+    tick = {"marker": "|", "markersize": 15, "markeredgewidth": 3, "color": _RED}
+    diamond = {"marker": "D", "markersize": 6, "color": _YELLOW, "markeredgecolor": "black"}
+    square = {"marker": "s", "markersize": 5, "markerfacecolor": "white", "markeredgecolor": "black"}
+    return [
+        ("floor", [goal.floor for _, goal, _ in shown], tick),
+        ("aim", [goal.aim for _, goal, _ in shown], diamond),
+        ("torch.compile", [_against_torch(row, "compiled") for row, *_ in shown], square),
+        ("optax", [_against_torch(row, "optax") for row, *_ in shown], square | {"marker": "o"}),
+    ]
+
+
+def _against_torch(row: Row, kind: str) -> float | None:
+    """How many times as fast as torch a rival is."""
+    torch, rival = row.fastest("torch"), row.fastest(kind)
+    return None if torch is None or rival is None else torch.median_ms / rival.median_ms
+
+
+def _title(row: Row) -> str:
+    return f"{row.work}, flushed" if row.start == "flushed" else row.work

@@ -36,6 +36,7 @@ from gradkern.sequence import truncated_bptt
 from gradkern.stats import GradStats, Stats
 
 if TYPE_CHECKING:
+    from gradkern.monitor import Monitor, TrainingStopped
     from gradkern.record import Run
 
 __all__ = [
@@ -47,12 +48,14 @@ __all__ = [
     "GlobalNorm",
     "GradStats",
     "GroupNorm",
+    "Monitor",
     "NonFiniteGradientError",
     "Percentile",
     "Run",
     "SkipSpike",
     "Stats",
     "TensorNorm",
+    "TrainingStopped",
     "Value",
     "ZClip",
     "__version__",
@@ -71,7 +74,11 @@ __all__ = [
 ]
 
 # Modules of what is imported only when it is asked for: it needs numpy and sqlite3, which clipping does not.
-_LAZY = {"Run": "gradkern.record"}
+_LAZY = {
+    "Monitor": "gradkern.monitor",
+    "Run": "gradkern.record",
+    "TrainingStopped": "gradkern.monitor",
+}
 
 
 def __getattr__(name: str) -> Any:

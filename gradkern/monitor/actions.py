@@ -1,0 +1,132 @@
+"""What a monitor does about a finding: say so, call somebody, lower the clipping threshold, or stop."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
+
+from gradkern.diagnosis import DETECTORS, Diagnosis, Finding, recommend_threshold
+from gradkern.policies import GlobalNorm
+
+if TYPE_CHECKING:
+    from gradkern.clipper import Clipper
+    from gradkern.monitor.monitor import Monitor
+
+log = logging.getLogger("gradkern")
+
+Action: TypeAlias = str | Callable[["Monitor", Finding], object]
+"""``"log"``, ``"stop"``, ``"clip"``, or a function that is called with the monitor and the finding."""
+
+WORDS: Final = ("log", "stop", "clip")
+
+# Besides the kinds, findings can be chosen by how bad they are.
+GROUPS: Final = ("info", "warning", "error")
+
+
+class TrainingStopped(RuntimeError):
+    """A finding came up for which the monitor had been told to stop. Raised when the step is over.
+
+    Attributes:
+        finding: what came up.
+        diagnosis: what is wrong with the run, as far as it was known.
+    """
+
+    def __init__(self, finding: Finding, diagnosis: Diagnosis) -> None:
+        super().__init__(f"{finding.sentence}\n{diagnosis}")
+        self.finding = finding
+        self.diagnosis = diagnosis
+
+
+def check(on: Mapping[str, Action] | None) -> dict[str, Action]:
+    """The actions, checked."""
+    chosen = dict(on or {})
+    for kind, action in chosen.items():
+        if kind not in DETECTORS and kind not in GROUPS:
+            known = ", ".join([*GROUPS, *DETECTORS])
+            raise ValueError(f"Monitor: on has no kind {kind!r}. There are: {known}.")
+        if not callable(action) and action not in WORDS:
+            raise ValueError(
+                f"Monitor: on[{kind!r}] must be 'log', 'clip', 'stop' or a function of the monitor and the "
+                f"finding, got {action!r}."
+            )
+    return chosen
+
+
+def choose(on: Mapping[str, Action], finding: Finding) -> Action | None:
+    """What to do about a finding: its kind goes before its severity. Alarms are logged if nothing is said."""
+    if finding.kind in on:
+        return on[finding.kind]
+    if finding.severity in on:
+        return on[finding.severity]
+    return "log" if finding.is_alarm else None
+
+
+def say(finding: Finding) -> None:
+    """Log a finding: errors and warnings as such."""
+    level = {"info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}[finding.severity]
+    log.log(level, "gradkern: %s", finding.sentence)
+
+
+class ClipThreshold:
+    """Sets a clipper's threshold to what the run itself recommends, and puts it back.
+
+    Args:
+        clipper: with a `GlobalNorm` policy, attached or called by hand.
+
+    Raises:
+        ValueError: there is no clipper, or its policy has no single threshold.
+    """
+
+    def __init__(self, clipper: Clipper | None) -> None:
+        if clipper is None:
+            raise ValueError(
+                "Monitor: the action 'clip' sets a clipper's threshold, and there is none. Pass "
+                "Monitor(..., clipper=gradkern.Clipper(model))."
+            )
+        if not isinstance(clipper.policy, GlobalNorm):
+            raise ValueError(
+                f"Monitor: the action 'clip' sets the threshold of a GlobalNorm, not of {clipper.policy!r}. "
+                "Give the clipper that policy, or pass a function of your own."
+            )
+        self._clipper = clipper
+        self._before: list[float] = []
+
+    def recommend(self, record: Any, finding: Finding) -> dict[str, Any] | None:
+        """Lower the threshold if the recommendation is lower. Returns what was done, None for nothing."""
+        wanted = recommend_threshold(record, finding.step if finding.step > 0 else None)
+        old = self.threshold
+        if not (0 < wanted.max_norm < old):
+            return None
+        self._before.append(old)
+        self._set(wanted.max_norm)
+        return {"from": _plain(old), "to": wanted.max_norm, "why": wanted.why, "finding": finding.kind}
+
+    def undo(self) -> dict[str, Any] | None:
+        """Put the threshold back to what it was before the last change. None if there was none."""
+        if not self._before:
+            return None
+        now = self.threshold
+        self._set(self._before.pop())
+        return {"from": now, "to": _plain(self.threshold), "why": "undone"}
+
+    @property
+    def threshold(self) -> float:
+        """The largest joint norm that the clipper allows."""
+        policy = self._clipper.policy
+        assert isinstance(policy, GlobalNorm)
+        return policy.max_norm
+
+    def _set(self, max_norm: float) -> None:
+        stepper = self._clipper._stepper
+        assert isinstance(stepper.policy, GlobalNorm)
+        stepper.policy = replace(stepper.policy, max_norm=max_norm)
+        stepper._clip = stepper.policy.as_clip()
+        stepper.max_norm = math.inf if stepper._clip is None else stepper._clip[0]
+        stepper.state.constants["max_norm"].fill_(max_norm)
+
+
+def _plain(value: float) -> float | str:
+    return value if math.isfinite(value) else str(value)

@@ -1,0 +1,74 @@
+"""Numbers on their way from the device to the host, without waiting for it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+Floats = npt.NDArray[np.float64]
+
+
+class Parcel:
+    """Small tensors of one step, packed into one copy to the host.
+
+    Of tensors on the CPU the values are there at once. Of those on another device one copy per device is
+    started, into pinned memory and behind what the device still has to do; `open` waits for that copy alone.
+    """
+
+    def __init__(self) -> None:
+        self._ready: dict[str, Floats] = {}
+        self._away: dict[torch.device, list[tuple[str, Tensor]]] = {}
+        self._sent: list[tuple[list[tuple[str, tuple[int, ...]]], Tensor, Any]] = []
+
+    def put(self, name: str, tensor: Tensor) -> None:
+        """Add a tensor, by value: it may be overwritten afterwards. Read on the host as float64."""
+        tensor = tensor.detach()
+        if tensor.device.type == "cpu":
+            self._ready[name] = tensor.to(torch.float64, copy=True).numpy()
+        else:
+            self._away.setdefault(tensor.device, []).append((name, tensor))
+
+    def put_host(self, name: str, values: Floats) -> None:
+        """Add what the host knows already."""
+        self._ready[name] = values
+
+    def send(self) -> None:
+        """Start the copies."""
+        for device, tensors in self._away.items():
+            exact = torch.float32 if device.type == "mps" else torch.float64  # mps has no float64
+            flat = torch.cat([tensor.to(exact).reshape(-1) for _, tensor in tensors])
+            shapes = [(name, tuple(tensor.shape)) for name, tensor in tensors]
+            copy = flat.to("cpu", non_blocking=device.type == "cuda")
+            event = None
+            if device.type == "cuda":
+                event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+                event.record(torch.cuda.current_stream(device))
+            self._sent.append((shapes, copy, event))
+        self._away = {}
+
+    def open(self) -> dict[str, Floats]:
+        """The values by name; waits for the copies."""
+        for shapes, copy, event in self._sent:
+            if event is not None:
+                event.synchronize()
+            values, begin = copy.to(torch.float64).numpy(), 0
+            for name, shape in shapes:
+                size = int(np.prod(shape, dtype=np.int64))
+                self._ready[name] = values[begin : begin + size].reshape(shape)
+                begin += size
+        self._sent = []
+        return self._ready
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """Whether a tensor is one that can be read: dense, with values, of no subclass but Parameter."""
+    return (
+        type(tensor) in (Tensor, torch.nn.Parameter)
+        and tensor.layout == torch.strided
+        and not tensor.is_meta
+        and not tensor.is_quantized
+    )

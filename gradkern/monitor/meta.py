@@ -1,0 +1,207 @@
+"""What a model, its optimizer and its clipper are, in words that a record keeps."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Final
+
+import torch
+from torch import Tensor, nn
+
+from gradkern._version import __version__
+
+if TYPE_CHECKING:
+    from gradkern.clipper import Clipper
+
+RECURRENT: Final = (nn.RNNBase, nn.RNNCellBase)
+EMBEDDINGS: Final = (nn.Embedding, nn.EmbeddingBag)
+
+# A walk back through the graph from a module's input ends after this many operations. Between two layers
+# there are a few dozen at most.
+WALK: Final = 4096
+
+
+def describe(
+    model: nn.Module, optimizer: torch.optim.Optimizer | None, clipper: Clipper | None
+) -> dict[str, Any]:
+    """The part of `Record.meta` that is known before the first forward pass."""
+    return {
+        "parameters": parameters_of(model),
+        "optimizer": optimizer_of(optimizer),
+        "clip": clip_of(clipper),
+        "torch": torch.__version__,
+        "gradkern": __version__,
+        "python": platform.python_version(),
+        "seq": {"rnn": [name for name, module in model.named_modules() if isinstance(module, RECURRENT)]},
+    }
+
+
+def parameters_of(model: nn.Module) -> list[dict[str, Any]]:
+    """Name, shape, dtype, module, role and requires_grad of every parameter, each once."""
+    owners = {
+        id(param): (path, module)
+        for path, module in reversed(list(model.named_modules()))
+        for param in module.parameters(recurse=False)
+    }
+    return [
+        {
+            "name": name,
+            "shape": list(param.shape),
+            "dtype": str(param.dtype).removeprefix("torch."),
+            "module": owners[id(param)][0],
+            "role": role(name, param, owners[id(param)][1]),
+            "requires_grad": param.requires_grad,
+        }
+        for name, param in model.named_parameters()
+    ]
+
+
+def role(name: str, param: Tensor, module: nn.Module) -> str:
+    """What a parameter is for: "weight", "bias", "recurrent", "embedding" or "norm".
+
+    >>> from gradkern.monitor.meta import role
+    >>> rnn = torch.nn.RNN(2, 3)
+    >>> [role(name, param, rnn) for name, param in rnn.named_parameters()]
+    ['weight', 'recurrent', 'bias', 'bias']
+    """
+    last = name.rpartition(".")[2]
+    if isinstance(module, RECURRENT) and last.startswith("weight_hh"):
+        return "recurrent"
+    if isinstance(module, EMBEDDINGS):
+        return "embedding"
+    if "Norm" in type(module).__name__:
+        return "norm"
+    return "bias" if last.startswith("bias") or param.dim() < 2 else "weight"
+
+
+def optimizer_of(optimizer: torch.optim.Optimizer | None) -> dict[str, Any]:
+    """Type and the settings that a diagnosis looks at, of the first group."""
+    if optimizer is None:
+        return {}
+    group = optimizer.param_groups[0]
+    found: dict[str, Any] = {"type": type(optimizer).__name__}
+    for key in ("lr", "eps", "momentum", "weight_decay", "betas", "fused"):
+        value = group.get(key)
+        if key == "betas" and value is not None:
+            found[key] = [float(beta) for beta in value]
+        elif isinstance(value, bool) or value is None:
+            found[key] = value
+        elif isinstance(value, Tensor):  # a learning rate that lives on the device is recorded every step
+            found[key] = float(value) if value.device.type == "cpu" else None
+        else:
+            found[key] = float(value)
+    return found
+
+
+def clip_of(clipper: Clipper | None) -> dict[str, Any]:
+    """Policy and threshold, as far as they are known beforehand."""
+    if clipper is None:
+        return {"policy": None, "threshold": None}
+    plain = clipper.policy.as_clip()
+    threshold = None if plain is None or plain[0] == float("inf") else plain[0]
+    return {"policy": repr(clipper.policy), "threshold": threshold}
+
+
+class ForwardOrder:
+    """In which order modules run, and which of them follow one another without a branch.
+
+    Told of every module's inputs and output during one forward pass. A module follows those whose outputs its
+    inputs were computed from, with no module between; that is read from the graph, or where none is recorded
+    from the identity of the tensors. It continues a chain if it follows one module and is the only one to do
+    so: residual connections and parallel branches are no chains.
+    """
+
+    def __init__(self) -> None:
+        self._order: dict[str, str] = {}
+        self._parents: dict[str, set[str]] = {}
+        self._by_node: dict[Any, str] = {}
+        self._by_tensor: dict[int, str] = {}
+        self._kept: list[object] = []  # ids are only good while their objects live
+
+    def enter(self, path: str, module: nn.Module, inputs: list[Tensor]) -> None:
+        """A module begins; only the first time counts."""
+        if path in self._order:
+            return
+        self._order[path] = type(module).__name__
+        if any(True for _ in module.children()):
+            return
+        found: set[str] = set()
+        for tensor in inputs:
+            name = self._by_tensor.get(id(tensor))
+            if name is not None:
+                found.add(name)
+            elif tensor.grad_fn is not None:
+                found |= self._walk(tensor.grad_fn)
+        self._parents[path] = found
+
+    def leave(self, path: str, outputs: list[Tensor]) -> None:
+        """A module has given its output."""
+        if path not in self._parents:
+            return
+        for tensor in outputs:
+            self._by_tensor[id(tensor)] = path
+            self._kept.append(tensor)
+            if tensor.grad_fn is not None:
+                self._by_node[tensor.grad_fn] = path
+
+    def _walk(self, start: Any) -> set[str]:
+        found: set[str] = set()
+        seen = {start}
+        waiting = [start]
+        while waiting and len(seen) < WALK:
+            node = waiting.pop()
+            name = self._by_node.get(node)
+            if name is not None:
+                found.add(name)
+                continue
+            for following, _ in node.next_functions:
+                if following is not None and following not in seen:
+                    seen.add(following)
+                    waiting.append(following)
+        return found
+
+    def modules(self) -> list[dict[str, Any]]:
+        """The modules that ran, as `Record.meta` has them. `branch` is the id of a chain."""
+        children: dict[str, set[str]] = {}
+        for path, parents in self._parents.items():
+            for parent in parents:
+                children.setdefault(parent, set()).add(path)
+        branch: dict[str, str] = {}
+        for path, parents in self._parents.items():
+            only = next(iter(parents)) if len(parents) == 1 else None
+            continues = only is not None and children.get(only) == {path}
+            branch[path] = branch[only] if continues and only is not None else path
+        lengths: dict[str, int] = {}
+        for name in branch.values():
+            lengths[name] = lengths.get(name, 0) + 1
+        return [
+            {
+                "name": path,
+                "type": kind,
+                "order": order,
+                "parent": path.rpartition(".")[0],
+                "branch": branch[path] if path in branch and lengths[branch[path]] > 1 else None,
+            }
+            for order, (path, kind) in enumerate(self._order.items())
+        ]
+
+
+def tensors_in(value: Any, limit: int = 64) -> list[Tensor]:
+    """Tensors in nested tuples, lists and mappings, in order, up to `limit`."""
+    found: list[Tensor] = []
+    _gather(value, found, limit, 0)
+    return found
+
+
+def _gather(value: Any, found: list[Tensor], limit: int, depth: int) -> None:
+    if len(found) >= limit or depth > 6:
+        return
+    if isinstance(value, Tensor):
+        found.append(value)
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            _gather(item, found, limit, depth + 1)
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            _gather(item, found, limit, depth + 1)

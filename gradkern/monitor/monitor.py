@@ -1,0 +1,1157 @@
+"""Watches a training run: records it, recognises what goes wrong as it happens, and says why."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import time
+import warnings
+from collections import deque
+from collections.abc import Mapping, Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from gradkern import ops
+from gradkern.clip import measure
+from gradkern.diagnosis import Diagnosis, Finding, detect, diagnose
+from gradkern.monitor import actions
+from gradkern.monitor.actions import Action, ClipThreshold, TrainingStopped
+from gradkern.monitor.exponents import histogram
+from gradkern.monitor.hooks import ACT_KINDS, GRAD_KINDS, Observer
+from gradkern.monitor.host import Floats, Parcel, is_plain
+from gradkern.monitor.meta import describe, tensors_in
+from gradkern.monitor.schedule import LAG, Schedule
+from gradkern.monitor.sinks import Sink, Window
+from gradkern.monitor.updates import UpdateSampler, norm_and_error
+from gradkern.record import MemoryRecord, Record, Recorder, Writer
+from gradkern.stats import GradStats
+from gradkern.tracked import Tracked
+
+if TYPE_CHECKING:
+    from gradkern.clipper import Clipper
+
+log = logging.getLogger("gradkern")
+
+Loss: TypeAlias = Tensor | float
+Batch: TypeAlias = Any
+
+# Steps that are put into the record at once, and the longest time that any waits for it: with the half second
+# of the writer a killed process loses less than a second.
+BLOCK: Final = 32
+BLOCK_SECONDS: Final = 0.2
+
+# The history in memory: 17 scalars of 16 bytes, 15 kinds of rows, each with as much again to grow into.
+MAX_STEPS: Final = 1 << 15
+MAX_ROW_BYTES: Final = 3 << 19
+
+_GRAD_ROWS: Final = ("grad_norm", "grad_abs_max")
+_GRAD_COUNTS: Final = ("grad_nan", "grad_inf", "grad_zero")
+_WEIGHT_ROWS: Final = ("weight_norm", "weight_abs_max", "weight_nan", "weight_inf")
+_UPDATE_ROWS: Final = ("update_norm", "update_stderr")
+
+# Keys of a batch given as a mapping that hold what is to be predicted.
+_TARGETS: Final = frozenset({"target", "targets", "label", "labels", "y"})
+
+
+class _Step:
+    """What is known of a step, on its way to the record."""
+
+    __slots__ = ("coef", "columns", "number", "parcel", "rows", "scalars", "times", "total")
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        self.scalars: dict[str, float] = {}
+        self.parcel: Parcel | None = None
+        self.rows: Floats | None = None
+        self.total: Sequence[float] | None = None
+        self.coef: float | None = None
+        self.columns: list[int] | None = None  # where the rows belong, None for all in order
+        self.times: dict[str, Any] = {}
+
+
+class Monitor:
+    """Records a training run and names what goes wrong in it. Changes no gradient and never stops the loop.
+
+    Call `step` once per training step, after `optimizer.step()`; or `attach` it to the optimizer. Findings
+    come up two steps after the numbers they rest on, so that nothing waits for the step in flight. If the
+    monitor itself fails, it says so once and is quiet from then on.
+
+    Every step: loss, learning rate, clipping, and norm and largest magnitude of every gradient. Every
+    `weights_every` steps: norms of the weights and of their updates (of a tensor with more than 65,536
+    elements from a sample), and exponents of half-precision gradients. Every `activations_every` steps:
+    activations and output gradients of every module, by hooks that are there for that step only. Code that
+    runs under `torch.compile` has no activations.
+
+    Args:
+        model: a module. Names are those of its parameters and modules.
+        optimizer: what steps it. With it, updates are taken around its step, gradients before it, and skips
+            are seen.
+        path: of a file for `gradkern.Run`; None records in memory only.
+        every: record gradients of every so many steps.
+        weights_every: the same for weights and updates.
+        activations_every: the same for activations and output gradients; 0 for never.
+        sinks: where numbers are sent. See `gradkern.monitor.Sink`.
+        sink_every: steps between two calls of the sinks.
+        per_tensor: send `grad_norm/<parameter>` to the sinks too.
+        on: what to do about findings: {kind or severity: "log", "clip", "stop", or a function of the
+            monitor and the finding}. Warnings and errors are logged by default.
+        clipper: the `gradkern.Clipper` of this model, called by hand or attached. Its statistics are
+            taken, so that gradients are not measured twice.
+        keep_batch: keep the batch of the last step, and copies of parameters, buffers and random state from
+            before it, to `replay` it. Takes as much memory as the parameters and buffers on their device, and
+            the time to copy them every step.
+        max_bytes: of the file.
+
+    Raises:
+        ValueError, TypeError: an argument is impossible.
+        OSError, RecordError: there can be no file at `path`.
+
+    >>> model = torch.nn.Linear(2, 1)
+    >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    >>> with gradkern.Monitor(model, optimizer) as monitor:
+    ...     for step in range(3):
+    ...         optimizer.zero_grad()
+    ...         loss = model(torch.ones(4, 2)).square().sum() * (float("nan") if step == 2 else 1.0)
+    ...         loss.backward()
+    ...         optimizer.step()
+    ...         monitor.step(loss)
+    >>> [finding.step for finding in monitor.findings if finding.kind == "loss_nonfinite"]
+    [2]
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer | None = None,
+        *,
+        path: str | os.PathLike[str] | None = None,
+        every: int = 1,
+        weights_every: int = 10,
+        activations_every: int = 50,
+        sinks: Sequence[Sink] = (),
+        sink_every: int = 10,
+        per_tensor: bool = False,
+        on: Mapping[str, Action] | None = None,
+        clipper: Clipper | None = None,
+        keep_batch: bool = False,
+        max_bytes: int = 1_000_000_000,
+    ) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"Monitor: model must be a torch.nn.Module, got {type(model).__name__}.")
+        if optimizer is not None and not isinstance(optimizer, torch.optim.Optimizer):
+            raise TypeError(f"Monitor: optimizer must be one of torch's, got {type(optimizer).__name__}.")
+        for name, number, least in (
+            ("every", every, 1),
+            ("weights_every", weights_every, 1),
+            ("activations_every", activations_every, 0),
+            ("sink_every", sink_every, 1),
+        ):
+            if not isinstance(number, int) or isinstance(number, bool) or number < least:
+                raise ValueError(f"Monitor: {name} must be a whole number from {least} up, got {number!r}.")
+        for sink in sinks:
+            if not callable(getattr(sink, "write", None)):
+                raise TypeError(f"Monitor: a sink needs a method write(step, values), got {sink!r}.")
+        self._on = actions.check(on)
+        self._threshold = ClipThreshold(clipper) if "clip" in self._on.values() else None
+        compiled = getattr(model, "_orig_mod", None)  # of torch.compile(model)
+        self._model: nn.Module = compiled if isinstance(compiled, nn.Module) else model
+        self._tracked = Tracked(self._model, "Monitor")
+        self._clipper = clipper
+        self._optimizer: torch.optim.Optimizer | None = None
+        self._handles: list[Any] = []
+        self._attached = False
+        self._every, self._weights_every, self._activations_every = every, weights_every, activations_every
+        self._sinks, self._sink_every, self._per_tensor = list(sinks), sink_every, per_tensor
+        self._window, self._told_nonfinite = Window(), False
+
+        self._record = MemoryRecord(max_steps=MAX_STEPS, max_bytes=MAX_ROW_BYTES)
+        self._writer = None if path is None else Writer(path, max_bytes=max_bytes)
+        self._recorders: list[Recorder] = (
+            [self._record] if self._writer is None else [self._record, self._writer]
+        )
+        self._next = 0 if self._writer is None else _last_step(path) + 1
+        self._first = self._next
+        self._meta: dict[str, Any] = {}
+        self._names: list[str] = []
+        self._places: dict[str, int] = {}
+        self._weights: list[tuple[int, str, Tensor]] = []
+        self._seen_names: tuple[Any, ...] | None = None
+        self._seen_columns: list[int] | None = None
+        self._kinds: dict[str, list[str]] = {}
+
+        self._pending: deque[_Step] = deque()
+        self._block: list[_Step] = []
+        self._flushed_at = self._last_time = time.perf_counter()
+        self._schedule = Schedule(self._first)
+        self._found: dict[tuple[str, str], Finding] = {}
+        self._findings: list[Finding] = []
+
+        self.loss: Loss | None = None
+        self.batch: Batch | None = None
+        self._handed = False
+        self._own_stats: GradStats | None = None
+        self._own_weights: Tensor | None = None
+        self._own_updates: tuple[Tensor, list[tuple[int, int]]] | None = None
+        self._own_exponents: tuple[list[str], Tensor] | None = None
+        self._suspect: Tensor | None = None
+        self._found_inf: Tensor | None = None
+        self._sampler = UpdateSampler()
+        self._observer = Observer(self._model)
+        self._scale: Tensor | None = None
+        self._tally: Tensor | None = None
+        self._origin_known = False
+        self._off = self._closed = False
+        self._replay = _Replay(self._model) if keep_batch else None
+
+        self._describe(optimizer)
+        if optimizer is not None:
+            self._hook(optimizer)
+        self._prepare()
+
+    # What users call.
+
+    def step(
+        self,
+        loss: Loss | None = None,
+        stats: GradStats | Tensor | float | None = None,
+        batch: Batch | None = None,
+        scaler: torch.amp.GradScaler | None = None,
+    ) -> None:
+        """End a training step. Call it after `optimizer.step()`, and after `scaler.update()`.
+
+        Args:
+            loss: one number.
+            stats: what `gradkern.clip_` or a `Clipper` gave for this step; or the norm before clipping, as
+                torch gives it. Without it gradients are measured here, in one read, as they were when the
+                optimizer stepped.
+            batch: tensors in tuples, lists or mappings, to look at data. A pair is (inputs, targets).
+            scaler: of mixed precision.
+
+        Raises:
+            TrainingStopped: a finding came up for which `on` says "stop". Nothing else is ever raised.
+        """
+        if self._off:
+            return
+        try:
+            with torch.no_grad():
+                self._take(loss, stats, batch, scaler)
+        except TrainingStopped:
+            raise
+        except Exception as error:
+            self._fail(error)
+
+    def attach(self, optimizer: torch.optim.Optimizer) -> Monitor:
+        """End a step with every `optimizer.step()` from now on. Returns the monitor.
+
+        Set `monitor.loss = loss`, and `monitor.batch` if data are to be looked at, before `optimizer.step()`.
+        Each holds for one step. Steps on which a GradScaler does not call the optimizer are not seen.
+
+        Raises:
+            ValueError: the monitor has an optimizer already.
+
+        >>> model = torch.nn.Linear(2, 1)
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> monitor = gradkern.Monitor(model).attach(optimizer)
+        >>> monitor.loss = model(torch.ones(4, 2)).square().sum()
+        >>> monitor.loss.backward()
+        >>> optimizer.step()
+        >>> monitor.close()
+        >>> monitor.record.steps
+        array([0])
+        """
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            raise TypeError(f"Monitor.attach: needs an optimizer of torch, got {type(optimizer).__name__}.")
+        if self._optimizer is not None and self._optimizer is not optimizer:
+            raise ValueError("Monitor.attach: it watches another optimizer already; make a second Monitor.")
+        if self._attached:
+            raise ValueError("Monitor.attach: it is attached already. Leave out this call.")
+        if self._optimizer is None:
+            self._hook(optimizer)
+            self._describe(optimizer)
+            self._sampler.forget()  # it is taken around the optimizer's step from now on
+        self._attached = True
+        return self
+
+    @property
+    def findings(self) -> list[Finding]:
+        """What has been found in the run so far, in the order of the steps. Waits for the device."""
+        self._catch_up()
+        return list(self._findings)
+
+    def diagnosis(self) -> Diagnosis:
+        """One root cause, what follows from it, and what to do. Waits for the device."""
+        self._catch_up()
+        return diagnose(self._record)
+
+    @property
+    def record(self) -> Record:
+        """The recent past of the run, all steps so far included. Waits for the device."""
+        self._catch_up(look=False)
+        return self._record
+
+    def undo_clip(self) -> bool:
+        """Put the clipper's threshold back to what it was before the last action "clip", if there was one."""
+        done = None if self._threshold is None else self._threshold.undo()
+        if done is not None:
+            self._event(self._next, "clip_threshold", done)
+        return done is not None
+
+    def replay(self) -> _Replay:
+        """The last step, to be run again: with `keep_batch`, a context manager that gives its batch.
+
+        Inside, parameters, buffers and random state are as they were before that step; afterwards they are as
+        they are now. See `gradkern.trace_nonfinite`.
+
+        Raises:
+            RuntimeError: `keep_batch` is off, or no step was made yet.
+        """
+        if self._replay is None:
+            raise RuntimeError("Monitor.replay: nothing was kept. Make the Monitor with keep_batch=True.")
+        self._replay.check()
+        return self._replay
+
+    def close(self) -> None:
+        """Record what is left, look at it, and take everything away again. May be called twice."""
+        if self._closed:
+            return
+        self._catch_up()
+        self._closed = self._off = True
+        self._take_away()
+        for sink in self._sinks:
+            close = getattr(sink, "close", None)
+            if callable(close):
+                try:
+                    close()
+                except Exception as error:
+                    log.warning("gradkern: closing %s failed: %s", type(sink).__name__, error)
+        if self._writer is not None:
+            self._writer.close()
+
+    def __enter__(self) -> Monitor:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    # A step, on the loop's thread. Nothing here waits for a device.
+
+    def _take(
+        self,
+        loss: Loss | None,
+        stats: GradStats | Tensor | float | None,
+        batch: Batch | None,
+        scaler: torch.amp.GradScaler | None,
+    ) -> None:
+        number = self._next
+        self._next += 1
+        step = _Step(number)
+        if self._tracked.refresh():
+            self._describe(self._optimizer)
+        now = time.perf_counter()
+        if number > self._first:
+            step.scalars["step_ms"] = 1000 * (now - self._last_time)
+        self._last_time = now
+        self._take_loss(step, loss)
+        self._take_rate(step)
+        self._take_stats(step, stats)
+        if scaler is not None and scaler.is_enabled():
+            self._take_scale(step, scaler)
+        if batch is not None:
+            self._take_batch(step, batch)
+        if self._optimizer is None:
+            self._without_optimizer(number)
+        self._take_extras(step)
+        if self._observer.is_on:
+            self._take_activations(step)
+        if step.parcel is not None:
+            step.parcel.send()
+        if self._replay is not None:
+            self._replay.end(batch)
+        self._prepare()
+        self._pending.append(step)
+        if len(self._pending) > LAG:
+            self._settle(self._pending.popleft())
+
+    def _prepare(self) -> None:
+        """Get ready for the step `self._next`."""
+        if self._activations_every and self._next % self._activations_every == 0:
+            self._observer.add()
+        if self._optimizer is None and self._is_weights_step(self._next):
+            self._own_weights = self._measure_weights()
+            self._sampler.before([name for _, name, _ in self._weights], [w for _, _, w in self._weights])
+
+    def _is_weights_step(self, number: int) -> bool:
+        return number % self._weights_every == 0
+
+    def _parcel(self, step: _Step) -> Parcel:
+        if step.parcel is None:
+            step.parcel = Parcel()
+        return step.parcel
+
+    def _take_loss(self, step: _Step, loss: Loss | None) -> None:
+        if isinstance(loss, Tensor):
+            if loss.numel() != 1:
+                raise ValueError(f"loss must be one number, got {list(loss.shape)}")
+            if loss.device.type == "cpu":
+                step.scalars["loss"] = float(loss.item())
+            else:
+                self._parcel(step).put("loss", loss)
+        elif loss is not None:
+            step.scalars["loss"] = float(loss)
+
+    def _take_rate(self, step: _Step) -> None:
+        if self._optimizer is None:
+            return
+        rates = [group["lr"] for group in self._optimizer.param_groups if "lr" in group]
+        on_host = [float(r) for r in rates if not isinstance(r, Tensor) or r.device.type == "cpu"]
+        if on_host:
+            step.scalars["lr"] = max(on_host)
+        elif rates:
+            self._parcel(step).put("lr", torch.stack([rate.reshape(()) for rate in rates]).amax())
+
+    def _take_stats(self, step: _Step, stats: GradStats | Tensor | float | None) -> None:
+        own, self._own_stats = self._own_stats, None
+        self._handed = isinstance(stats, GradStats)
+        if stats is None and self._clipper is not None:
+            stats = self._clipper.last
+            self._take_clipper(step, self._clipper)
+        if step.number % self._every:
+            return
+        if isinstance(stats, GradStats):
+            found = stats
+        else:
+            found = own if own is not None else measure(self._tracked.items)
+            if isinstance(stats, Tensor):
+                self._parcel(step).put("norm_before", stats.reshape(()))
+            elif stats is not None:
+                step.times["norm_before"] = float(stats)
+        step.columns = self._columns(found)
+        coef = found._coef
+        is_simple = coef is None or coef.dim() == 0
+        if found.rows.device.type == "cpu" and is_simple and not isinstance(found._clip_value, Tensor):
+            step.rows = found.rows.numpy()
+            step.total = found.data.tolist()
+            step.coef = 1.0 if coef is None else coef.item()
+            step.times["word"], step.times["bound"] = found._nonfinite, found._clip_value
+            return
+        parcel = self._parcel(step)
+        parcel.put("rows", found.rows)
+        parcel.put("total", found.data)
+        if coef is not None:
+            parcel.put("coef", coef)
+        if coef is not None or isinstance(found._clip_value, Tensor):
+            parcel.put("clipped_norm", found.clipped_norm)
+
+    def _take_clipper(self, step: _Step, clipper: Clipper) -> None:
+        stepper = clipper._stepper
+        threshold = stepper.info.get("threshold")
+        if stepper.max_norm < math.inf:
+            step.scalars["clip_threshold"] = stepper.max_norm
+        elif threshold is not None and threshold.dim() == 0:
+            self._parcel(step).put("clip_threshold", threshold)
+        self._parcel(step).put("tally", stepper.tally.counts)
+
+    def _take_scale(self, step: _Step, scaler: torch.amp.GradScaler) -> None:
+        scale = scaler._get_scale_async()
+        if scale is None:
+            return
+        parcel = self._parcel(step)
+        parcel.put("scale", scale)
+        if self._scale is not None:
+            parcel.put("scale_before", self._scale)
+        self._scale = scale.clone()
+
+    def _take_batch(self, step: _Step, batch: Batch) -> None:
+        inputs, targets = _split(batch)
+        for word, tensors in (("data", inputs), ("target", targets)):
+            kept = [t for t in tensors if is_plain(t) and t.is_floating_point() and t.numel()]
+            if not kept:
+                continue
+            _, total = ops.measure([tensor.detach() for tensor in kept])
+            parcel = self._parcel(step)
+            parcel.put(word, total)
+            if word == "data" and self._is_weights_step(step.number):
+                wide = torch.float32 if total.device.type == "mps" else torch.float64
+                sums = [torch.nansum(t.detach(), dtype=wide).to(total.device) for t in kept]
+                parcel.put("data_sum", torch.stack(sums).sum())
+            step.times[f"{word}_numel"] = sum(tensor.numel() for tensor in kept)
+
+    def _take_extras(self, step: _Step) -> None:
+        """Of this step, what was measured around the optimizer."""
+        if self._own_weights is not None:
+            self._parcel(step).put("weights", self._own_weights)
+            self._own_weights = None
+        if self._own_updates is not None:
+            sums, sizes = self._own_updates
+            self._parcel(step).put("updates", sums)
+            step.times["sizes"] = sizes
+            self._own_updates = None
+        if self._own_exponents is not None:
+            step.times["exponent_names"], counts = self._own_exponents
+            self._parcel(step).put("exponents", counts)
+            self._own_exponents = None
+        if self._suspect is not None:
+            self._parcel(step).put("suspect", self._suspect)
+            self._suspect = None
+        if self._found_inf is not None:
+            self._parcel(step).put("found_inf", self._found_inf.reshape(()))
+            self._found_inf = None
+
+    def _take_activations(self, step: _Step) -> None:
+        self._observer.remove()
+        modules = self._observer.take_modules()
+        seen = self._observer.take()
+        modules = modules or self._observer.take_modules()
+        if modules is not None:
+            self._set_meta({"modules": modules[0], "amp": modules[1] or {}})
+        if seen is not None:
+            seen.send()
+            step.times["activations"] = seen
+
+    def _without_optimizer(self, number: int) -> None:
+        """Updates from one call of `step` to the next, where no optimizer says when it steps."""
+        if self._is_weights_step(number):
+            self._own_exponents = self._measure_exponents()
+            if self._sampler.is_open:
+                self._own_updates = self._sampler.after([weight for _, _, weight in self._weights])
+
+    def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        if self._off:
+            return
+        try:
+            with torch.no_grad():
+                self._look_before(optimizer, args, kwargs)
+        except Exception as error:
+            self._fail(error)
+
+    def _look_before(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        if self._tracked.refresh():
+            self._describe(optimizer)
+        closure = args[1] if len(args) > 1 else kwargs.get("closure")
+        if self._replay is not None and self._replay.is_stale:
+            self._replay.begin()
+        found_inf = getattr(optimizer, "found_inf", None)
+        if isinstance(found_inf, Tensor):
+            self._found_inf = found_inf.clone()
+        measures = not self._handed and self._clipper is None and closure is None
+        if measures and self._next % self._every == 0:
+            stats = measure(self._tracked.items)
+            scale = getattr(optimizer, "grad_scale", None)
+            if isinstance(scale, Tensor):  # the optimizer is going to divide by it
+                inverse = scale.to(stats.data.device, torch.float64).reshape(()).reciprocal()
+                stats = GradStats(
+                    stats.per_tensor.scaled(inverse).data, stats.scaled(inverse).data, stats._names
+                )
+            self._own_stats = stats
+        if self._is_weights_step(self._next):
+            self._own_weights = self._measure_weights()
+            self._own_exponents = self._measure_exponents()
+            self._sampler.before([name for _, name, _ in self._weights], [w for _, _, w in self._weights])
+        if not self._origin_known and self._last_is_nonfinite():
+            # Whether weights were sound is known now, and not any more after the step.
+            self._suspect = self._measure_weights()
+
+    def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        if self._off:
+            return
+        try:
+            with torch.no_grad():
+                if self._sampler.is_open:
+                    self._own_updates = self._sampler.after([weight for _, _, weight in self._weights])
+        except Exception as error:
+            self._fail(error)
+        if self._attached:
+            loss, batch, self.loss, self.batch = self.loss, self.batch, None, None
+            self.step(loss, batch=batch)
+
+    def _last_is_nonfinite(self) -> bool:
+        """Whether an element of the first gradient is NaN or Inf: after a bad loss all of them are.
+
+        Only on the CPU, where looking waits for nothing.
+        """
+        for _, param in self._tracked.items:
+            grad = param.grad
+            if grad is None:
+                continue
+            if not is_plain(grad) or grad.device.type != "cpu" or grad.numel() == 0:
+                return False
+            return not math.isfinite(abs(grad.as_strided((1,), (1,)).item()))
+        return False
+
+    def _measure_weights(self) -> Tensor | None:
+        return ops.measure([weight.detach() for _, _, weight in self._weights])[0] if self._weights else None
+
+    def _measure_exponents(self) -> tuple[list[str], Tensor] | None:
+        halves = [
+            (name, param.grad)
+            for name, param in self._tracked.items
+            if param.grad is not None
+            and is_plain(param.grad)
+            and param.grad.dtype in (torch.float16, torch.bfloat16)
+            and param.grad.numel()
+        ]
+        if not halves:
+            return None
+        return [name for name, _ in halves], torch.stack([histogram(grad) for _, grad in halves])
+
+    def _columns(self, stats: GradStats) -> list[int] | None:
+        """Where the rows of `stats` belong among the names of the record; None: all, in that order."""
+        # Walking all names on every step would cost as much as measuring.
+        names = stats._names
+        key = (names._labels, names.present, names._kind, len(names))
+        if key != self._seen_names:
+            columns = [self._place(name) for name in names.to_list()]
+            is_all = columns == list(range(len(self._names)))
+            self._seen_names, self._seen_columns = key, None if is_all else columns
+        return self._seen_columns
+
+    def _place(self, name: str) -> int:
+        """The column of a name; -1 if it is none of ours. Parameters without names are known by position."""
+        for known in (name, name.removeprefix("_orig_mod."), name.removeprefix("module.")):
+            if known in self._places:
+                return self._places[known]
+        if name.startswith("parameters[") and name.endswith("]"):
+            number = int(name[len("parameters[") : -1])
+            return number if number < len(self._names) else -1
+        return -1
+
+    # Two steps later, on the host.
+
+    def _settle(self, step: _Step) -> None:
+        values = {} if step.parcel is None else step.parcel.open()
+        self._read(step, values)
+        self._block.append(step)
+        if self._sinks:
+            self._tell_sinks(step)
+        if not self._origin_known:
+            self._look_for_origin(step, values)
+        due = self._schedule.is_due(step.number, step.scalars)
+        now = time.perf_counter()
+        if due or len(self._block) >= BLOCK or now - self._flushed_at > BLOCK_SECONDS:
+            self._flush()
+        if due:
+            self._look(step.number, act=True)
+
+    def _read(self, step: _Step, values: dict[str, Floats]) -> None:
+        """Scalars and rows of a step from what came to the host."""
+        scalars, times = step.scalars, step.times
+        for name in ("loss", "lr", "clip_threshold"):
+            if name in values:
+                scalars[name] = float(values[name].reshape(-1)[0])
+        if "rows" in values:
+            step.rows, step.total = values["rows"], values["total"].tolist()
+        if step.total is not None:
+            self._read_gradients(step, values)
+        if "tally" in values:
+            skipped = float(values["tally"][1])
+            before = 0.0 if self._tally is None else float(self._tally[1])
+            self._tally = values["tally"]  # type: ignore[assignment]
+            scalars["skipped"] = float(skipped > before)
+        if "found_inf" in values:
+            scalars["skipped"] = max(scalars.get("skipped", 0.0), float(values["found_inf"] != 0))
+        if "scale" in values:
+            now = float(values["scale"])
+            before = float(values.get("scale_before", values["scale"]))
+            is_first = "scale_before" not in values
+            fell = now < before or (is_first and scalars.get("nonfinite_count", 0.0) > 0)
+            scalars["loss_scale"] = before
+            scalars["skipped"] = max(scalars.get("skipped", 0.0), float(fell))
+            if fell:
+                self._event(step.number, "amp_backoff", {"scale": now})
+        elif scalars.get("skipped"):
+            self._event(step.number, "skip", {})
+        if "data" in values or "target" in values:
+            self._read_batch(step, values)
+        if "weights" in values:
+            scalars["weight_norm"] = math.sqrt(float(values["weights"][:, 0].sum()))
+            times["weights"] = values["weights"]
+        if "updates" in values:
+            pairs = [
+                norm_and_error(sums[0], sums[1], taken, numel)
+                for sums, (taken, numel) in zip(values["updates"].tolist(), times["sizes"], strict=True)
+            ]
+            times["updates"] = np.array(pairs)
+            scalars["update_norm"] = math.sqrt(sum(norm**2 for norm, _ in pairs))
+        if "exponents" in values:
+            times["exponents"] = values["exponents"]
+
+    def _read_gradients(self, step: _Step, values: dict[str, Floats]) -> None:
+        scalars, times, total = step.scalars, step.times, step.total
+        assert total is not None
+        finite = math.sqrt(total[0])
+        norm = math.nan if total[2] > 0 else math.inf if total[3] > 0 else finite
+        scalars["grad_finite_norm"] = finite
+        scalars["nonfinite_count"] = total[2] + total[3]
+        before = times.get("norm_before")
+        if "norm_before" in values:
+            before = float(values["norm_before"])
+        if before is not None:
+            # Somebody else has clipped, and what was measured is what is left.
+            scalars["grad_norm"], scalars["grad_clipped_norm"] = before, norm
+            scalars["grad_finite_norm"] = before if math.isfinite(before) else finite
+            scalars["clip_coef"] = norm / before if before > 0 and math.isfinite(before) else 1.0
+            return
+        scalars["grad_norm"] = norm
+        if "clipped_norm" in values:
+            coef = values.get("coef")
+            scalars["clip_coef"] = 1.0 if coef is None or not coef.size else float(coef.min())
+            clipped = float(values["clipped_norm"])
+        else:
+            coef_host = 1.0 if step.coef is None else step.coef
+            propagates, bound = times.get("word") == "propagate", times.get("bound", math.inf)
+            clipped = (norm if propagates else finite) * coef_host
+            if bound < math.inf and (total[1] * coef_host > bound or (propagates and total[3] > 0)):
+                clipped = math.nan
+            scalars["clip_coef"] = coef_host
+        if not math.isnan(clipped) or math.isnan(norm):
+            scalars["grad_clipped_norm"] = clipped
+        if scalars["clip_coef"] < 1 and "clip_threshold" not in scalars and math.isfinite(clipped):
+            scalars["clip_threshold"] = clipped
+
+    def _read_batch(self, step: _Step, values: dict[str, Floats]) -> None:
+        bad = 0.0
+        for word in ("data", "target"):
+            if word in values:
+                total = values[word].tolist()
+                step.scalars[f"{word}_abs_max"] = total[1]
+                bad += total[2] + total[3]
+        step.scalars["data_nonfinite"] = bad
+        if "data_sum" in values and not bad:
+            numel = step.times["data_numel"]
+            mean = float(values["data_sum"]) / numel
+            step.scalars["data_std"] = math.sqrt(max(float(values["data"][0]) / numel - mean**2, 0.0))
+
+    def _look_for_origin(self, step: _Step, values: dict[str, Floats]) -> None:
+        """Name the first tensor that is not finite, and what came first: once a run."""
+        scalars = step.scalars
+        is_lost = not math.isfinite(scalars.get("loss", 0.0))
+        bad_grads = scalars.get("nonfinite_count", 0.0) > 0
+        weights = values.get("suspect", values.get("weights"))
+        bad_weights = [] if weights is None else np.flatnonzero(weights[:, 2] + weights[:, 3] > 0).tolist()
+        bad_data = scalars.get("data_nonfinite", 0.0) > 0
+        if not (is_lost or bad_grads or bad_weights or bad_data):
+            return
+        if scalars.get("skipped") and not is_lost and "scale" in values:
+            return  # a GradScaler at work
+        self._origin_known = True
+        where, name = "forward", ""
+        if bad_data:
+            where = "data"
+        elif bad_weights:
+            where, name = "optimizer", self._weights[bad_weights[0]][1]
+        elif is_lost:
+            where, name = self._first_bad_module(step)
+        elif bad_grads:
+            where, name = "backward", self._last_bad_gradient(step)
+        self._event(step.number, "first_nonfinite", {"where": where, "name": name, "step": step.number})
+
+    def _first_bad_module(self, step: _Step) -> tuple[str, str]:
+        """Where a loss was lost although weights and data were sound: the first module, or the loss."""
+        seen = step.times.get("activations")
+        if seen is None:
+            return "forward", ""
+        found = seen.open()
+        rows = {name[4:]: row for name, row in found.items() if name.startswith("act/")}
+        for module in self._meta.get("modules", []):
+            row = rows.get(module["name"])
+            if row is not None and row[2] + row[3] > 0:
+                return "forward", str(module["name"])
+        return ("loss", "") if rows else ("forward", "")
+
+    def _last_bad_gradient(self, step: _Step) -> str:
+        """The last in forward order: backward comes to it first."""
+        assert step.rows is not None
+        bad = np.flatnonzero(step.rows[:, 2] + step.rows[:, 3] > 0).tolist()
+        columns = bad if step.columns is None else [step.columns[row] for row in bad]
+        order = {module["name"]: module["order"] for module in self._meta.get("modules", [])}
+        known = [column for column in columns if column >= 0]
+        if not known:
+            return ""
+        owner = {p["name"]: p["module"] for p in self._meta["parameters"]}
+        last: str = max(
+            (self._names[column] for column in known),
+            key=lambda name: (order.get(owner.get(name, ""), -1), self._places[name]),
+        )
+        return last
+
+    def _flush(self) -> None:
+        """Put what has been settled into the record, and into the file."""
+        block, self._block = self._block, []
+        self._flushed_at = time.perf_counter()
+        for step in block:
+            for recorder in self._recorders:
+                recorder.put_scalars(step.number, step.scalars)
+        with_rows = [step for step in block if step.rows is not None]
+        if with_rows:
+            self._put_gradients(with_rows)
+        for step in block:
+            if step.times:
+                self._put_slow(step)
+
+    def _put_gradients(self, steps: list[_Step]) -> None:
+        width = len(self._names)
+        rows = np.full((len(steps), width, 5), np.nan)
+        for place, step in enumerate(steps):
+            assert step.rows is not None
+            if step.columns is None:
+                rows[place] = step.rows
+            else:
+                kept = [column for column in step.columns if column >= 0]
+                rows[place, kept] = (
+                    step.rows
+                    if len(kept) == len(step.columns)
+                    else step.rows[[row for row, column in enumerate(step.columns) if column >= 0]]
+                )
+        norms = np.sqrt(rows[:, :, 0])
+        for place, step in enumerate(steps):
+            self._put("grad_norm", step.number, norms[place])
+            self._put("grad_abs_max", step.number, rows[place, :, 1])
+            # Counts are kept where there are any; the share of zeros is looked at as often as the weights.
+            if step.scalars["nonfinite_count"] > 0:
+                self._put("grad_nan", step.number, rows[place, :, 2])
+                self._put("grad_inf", step.number, rows[place, :, 3])
+            if self._is_weights_step(step.number):
+                self._put("grad_zero", step.number, rows[place, :, 4] / self._numels)
+
+    def _put_slow(self, step: _Step) -> None:
+        times = step.times
+        weights = times.get("weights")
+        if weights is not None and len(weights) == len(self._kinds["weight_norm"]):
+            self._put("weight_norm", step.number, np.sqrt(weights[:, 0]))
+            for column, kind in ((1, "weight_abs_max"), (2, "weight_nan"), (3, "weight_inf")):
+                self._put(kind, step.number, weights[:, column])
+        updates = times.get("updates")
+        if updates is not None and len(updates) == len(self._kinds["update_norm"]):
+            self._put("update_norm", step.number, updates[:, 0])
+            self._put("update_stderr", step.number, updates[:, 1])
+        if "exponents" in times:
+            self._set_names("exponents", times["exponent_names"])
+            for recorder in self._recorders:
+                recorder.put_exponents(step.number, times["exponents"])
+        if "activations" in times:
+            self._put_activations(step.number, times["activations"].open())
+
+    def _put_activations(self, number: int, found: dict[str, Floats]) -> None:
+        columns: dict[str, dict[str, float]] = {kind: {} for kind in (*ACT_KINDS, *GRAD_KINDS)}
+        for key, value in found.items():
+            what, _, path = key.partition("/")
+            if what == "act":
+                columns["act_nonfinite"][path] = float(value[2] + value[3])
+                columns["act_abs_max"][path] = float(value[1])
+            elif what == "out":
+                # NaN would say that it was not measured.
+                numbers = np.nan_to_num(value, nan=math.inf)
+                for kind, number_of in zip(GRAD_KINDS, numbers.tolist(), strict=True):
+                    columns[kind][path] = number_of
+                columns["out_grad_unit_above_one"][path] = float(value[1])
+            else:
+                columns[what][path] = float(value)
+        order = {module["name"]: module["order"] for module in self._meta.get("modules", [])}
+        for kind, by_module in columns.items():
+            if not by_module:
+                continue
+            known = self._kinds.get(kind, [])
+            if not by_module.keys() <= set(known):
+                names = sorted({*known, *by_module}, key=lambda name: order.get(name, len(order)))
+                self._set_names(kind, names)
+            self._put(kind, number, [by_module.get(name, math.nan) for name in self._kinds[kind]])
+
+    def _put(self, kind: str, number: int, values: Any) -> None:
+        for recorder in self._recorders:
+            recorder.put_rows(kind, number, values)
+
+    def _set_names(self, kind: str, names: list[str]) -> None:
+        if self._kinds.get(kind) != names:
+            self._kinds[kind] = list(names)
+            for recorder in self._recorders:
+                recorder.set_names(kind, names)
+
+    def _set_meta(self, meta: Mapping[str, Any]) -> None:
+        self._meta.update(meta)
+        for recorder in self._recorders:
+            recorder.set_meta(meta)
+
+    def _event(self, number: int, kind: str, detail: Mapping[str, Any]) -> None:
+        for recorder in self._recorders:
+            recorder.put_event(number, kind, detail)
+
+    def _describe(self, optimizer: torch.optim.Optimizer | None) -> None:
+        """Names and description of parameters as they are now."""
+        if self._names:
+            while self._pending:
+                self._settle_quietly(self._pending.popleft())
+            self._flush()
+        self._names = self._tracked.names
+        self._places = {name: place for place, name in enumerate(self._names)}
+        self._seen_names = None
+        self._numels = np.array([max(param.numel(), 1) for param in self._tracked.params], np.float64)
+        self._weights = [
+            (place, name, param)
+            for place, (name, param) in enumerate(self._tracked.items)
+            if is_plain(param) and param.is_floating_point() and _is_dense(param)
+        ]
+        self._sampler.forget()
+        self._own_weights = self._own_updates = self._suspect = None
+        if self._names:
+            for kind in (*_GRAD_ROWS, *_GRAD_COUNTS):
+                self._set_names(kind, self._names)
+            for kind in (*_WEIGHT_ROWS, *_UPDATE_ROWS):
+                self._set_names(kind, [name for _, name, _ in self._weights])
+        self._set_meta(describe(self._model, optimizer, self._clipper))
+
+    def _tell_sinks(self, step: _Step) -> None:
+        is_bad = any(
+            not math.isfinite(step.scalars.get(name, 0.0))
+            for name in ("loss", "grad_norm", "grad_clipped_norm")
+        )
+        self._window.add(step.scalars)
+        values: dict[str, float] = {}
+        if (step.number + 1) % self._sink_every == 0:
+            values, self._told_nonfinite = self._window.take(), False
+        elif is_bad and not self._told_nonfinite:
+            # Shown at once and as it is: the averages leave it out.
+            single = Window()
+            single.add(step.scalars)
+            values, self._told_nonfinite = single.take(), True
+        if not values:
+            return
+        if self._per_tensor and step.rows is not None:
+            columns = range(len(step.rows)) if step.columns is None else step.columns
+            for row, column in zip(step.rows.tolist(), columns, strict=True):
+                norm = math.nan if row[2] > 0 else math.inf if row[3] > 0 else math.sqrt(row[0])
+                if column >= 0:
+                    values[f"grad_norm/{self._names[column]}"] = norm
+        for sink in list(self._sinks):
+            try:
+                sink.write(step.number, values)
+            except Exception as error:
+                self._sinks.remove(sink)
+                log.warning(
+                    "gradkern: %s failed and is not written to any more: %s: %s",
+                    type(sink).__name__,
+                    type(error).__name__,
+                    error,
+                )
+
+    # Findings.
+
+    def _look(self, number: int, act: bool) -> None:
+        """Run the detectors over the record, which goes up to step `number`."""
+        with warnings.catch_warnings():
+            # Of numpy, about series that are all NaN.
+            warnings.simplefilter("ignore", RuntimeWarning)
+            found = detect(self._record)
+        fresh = []
+        for finding in found:
+            key = (finding.kind, finding.severity)
+            if key not in self._found:
+                self._found[key] = finding
+                fresh.append(finding)
+        # What the bounded history has forgotten was found all the same.
+        kinds = {finding.kind for finding in found}
+        old = [finding for finding in self._found.values() if finding.kind not in kinds and finding.is_alarm]
+        self._findings = sorted([*found, *old], key=lambda finding: finding.step)
+        if any(finding.is_alarm for finding in fresh) and self._writer is not None:
+            self._writer.incident(number)
+        if not act:
+            return
+        stop: Finding | None = None
+        for finding in fresh:
+            stop = self._act(number, finding) or stop
+        if stop is not None:
+            raise TrainingStopped(stop, diagnose(self._record))
+
+    def _act(self, number: int, finding: Finding) -> Finding | None:
+        """Do what is to be done about a finding. Gives it back if that is to stop."""
+        action = actions.choose(self._on, finding)
+        if action is None:
+            return None
+        actions.say(finding)
+        if action == "stop":
+            self._event(number, "stopped", {"finding": finding.kind})
+            return finding
+        if action == "clip" and self._threshold is not None:
+            done = self._threshold.recommend(self._record, finding)
+            if done is not None:
+                self._event(number, "clip_threshold", done)
+                log.warning("gradkern: clipping at %.4g from now on: %s.", done["to"], done["why"])
+        elif callable(action):
+            try:
+                action(self, finding)
+            except TrainingStopped:
+                raise
+            except Exception as error:
+                log.warning(
+                    "gradkern: the action on %s failed: %s: %s", finding.kind, type(error).__name__, error
+                )
+        return None
+
+    def _catch_up(self, look: bool = True) -> None:
+        """Settle every step so far, and look at all of it."""
+        if self._closed:
+            return
+        try:
+            while self._pending:
+                self._settle_quietly(self._pending.popleft())
+            if self._block:
+                self._flush()
+            if look:
+                self._look(self._next - 1, act=False)
+        except Exception as error:
+            self._fail(error)
+
+    def _settle_quietly(self, step: _Step) -> None:
+        """As `_settle`, but nothing is done about what is found."""
+        values = {} if step.parcel is None else step.parcel.open()
+        self._read(step, values)
+        self._block.append(step)
+        if self._sinks:
+            self._tell_sinks(step)
+        if not self._origin_known:
+            self._look_for_origin(step, values)
+
+    # Coming and going.
+
+    def _hook(self, optimizer: torch.optim.Optimizer) -> None:
+        self._optimizer = optimizer
+        self._handles = [
+            optimizer.register_step_pre_hook(self._before_step),
+            optimizer.register_step_post_hook(self._after_step),
+        ]
+
+    def _take_away(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        self._observer.remove()
+        self._sampler.forget()
+        self._own_stats = self._own_weights = None
+
+    def _fail(self, error: Exception) -> None:
+        """Say once that the monitor has failed, and go quiet."""
+        if self._off:
+            return
+        self._off = True
+        try:
+            self._take_away()
+        except Exception as another:
+            error = another
+        trace = error.__traceback__
+        while trace is not None and trace.tb_next is not None:
+            trace = trace.tb_next
+        where = (
+            ""
+            if trace is None
+            else f" ({os.path.basename(trace.tb_frame.f_code.co_filename)}:{trace.tb_lineno})"
+        )
+        warnings.warn(
+            f"gradkern: the monitor failed at step {self._next - 1} and is quiet from now on; training "
+            f"is not affected. {type(error).__name__}: {error}{where}",
+            stacklevel=4,
+        )
+
+
+class _Replay:
+    """What the last step needs to be run again: batch, parameters, buffers, random state."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._batch: Any = None
+        self._state: list[Tensor] = []
+        self._rng: Any = None
+        self._rng_next = _random_state()
+        self._now: tuple[list[Tensor], Any] | None = None
+        self.is_stale = True
+
+    def begin(self) -> None:
+        """Before the optimizer steps: copy what it is going to change."""
+        tensors = self._tensors()
+        if len(self._state) != len(tensors) or any(
+            a.shape != b.shape or a.device != b.device for a, b in zip(self._state, tensors, strict=True)
+        ):
+            self._state = [tensor.detach().clone() for tensor in tensors]
+        else:
+            for copy, tensor in zip(self._state, tensors, strict=True):
+                copy.copy_(tensor.detach())
+        self.is_stale = False
+
+    def end(self, batch: Any) -> None:
+        """The step is over: its batch; and the random state that the next one starts from."""
+        if self.is_stale:  # no optimizer told us when
+            self.begin()
+        self._batch = batch
+        self._rng, self._rng_next = self._rng_next, _random_state()
+        self.is_stale = True
+
+    def check(self) -> None:
+        """Raise if there is nothing to replay."""
+        if self._rng is None:
+            raise RuntimeError("Monitor.replay: no step was made yet.")
+
+    def __enter__(self) -> Any:
+        self._now = [tensor.detach().clone() for tensor in self._tensors()], _random_state()
+        self._put_back(self._state, self._rng)
+        return self._batch
+
+    def __exit__(self, *_: object) -> None:
+        assert self._now is not None
+        self._put_back(*self._now)
+        self._now = None
+
+    def _tensors(self) -> list[Tensor]:
+        return [*self._model.parameters(), *self._model.buffers()]
+
+    def _put_back(self, state: list[Tensor], rng: Any) -> None:
+        with torch.no_grad():
+            for tensor, copy in zip(self._tensors(), state, strict=True):
+                tensor.copy_(copy)
+        cpu, cuda = rng
+        torch.set_rng_state(cpu)
+        if cuda:
+            torch.cuda.set_rng_state_all(cuda)
+
+
+def _random_state() -> tuple[Tensor, list[Tensor]]:
+    started = torch.cuda.is_available() and torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    return torch.get_rng_state(), torch.cuda.get_rng_state_all() if started else []
+
+
+def _split(batch: Batch) -> tuple[list[Tensor], list[Tensor]]:
+    """Inputs and targets of a batch."""
+    if isinstance(batch, Mapping):
+        targets = [item for key, item in batch.items() if str(key).lower() in _TARGETS]
+        return tensors_in([i for k, i in batch.items() if str(k).lower() not in _TARGETS]), tensors_in(
+            targets
+        )
+    if isinstance(batch, (tuple, list)) and len(batch) == 2:
+        return tensors_in(batch[0]), tensors_in(batch[1])
+    return tensors_in(batch), []
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    """Whether a tensor is one block of memory, in whatever order of dimensions."""
+    order = sorted(range(tensor.dim()), key=tensor.stride, reverse=True)
+    return tensor.permute(order).is_contiguous()
+
+
+def _last_step(path: str | os.PathLike[str] | None) -> int:
+    """The last step of a record that is there already, -1 for none: a resumed run goes on behind it."""
+    from gradkern.record import Run
+
+    assert path is not None
+    try:
+        run = Run.open(path)
+    except Exception:  # new, or the writer has not made it yet
+        return -1
+    steps = run.steps
+    return int(steps[-1]) if len(steps) else -1

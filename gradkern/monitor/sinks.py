@@ -1,0 +1,221 @@
+"""Where the numbers of a monitored run can be sent: logging, JSON lines, TensorBoard, W&B, MLflow, your own.
+
+A sink has one method. It is called on the loop's thread with numbers that the host has already.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import logging
+import math
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, Protocol
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
+# What is shown on one line of a log; the rest is for charts.
+_SHOWN: Final = (
+    "loss",
+    "lr",
+    "grad/norm",
+    "grad/norm_clipped",
+    "grad/clip_coef",
+    "grad/nonfinite",
+    "grad/skipped",
+)
+
+
+class Sink(Protocol):
+    """Takes the numbers of a step.
+
+    Names: ``loss``, ``lr``, ``grad/norm`` (before clipping), ``grad/norm_clipped``, ``grad/clip_coef``,
+    ``grad/clipped_fraction`` (of the steps since the last call), ``grad/nonfinite`` (NaN and Inf elements
+    since then), ``grad/skipped`` (steps since then), and where asked for, ``grad_norm/<parameter>``. Numbers
+    are means of the finite values since the last call. The first step since then on which one is NaN or Inf
+    is written by itself, as it is.
+    """
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        """Take the numbers up to `step`."""
+        ...
+
+
+class LogSink:
+    """Writes a line to Python's `logging`.
+
+    >>> import logging
+    >>> from gradkern.monitor import LogSink
+    >>> LogSink(level=logging.DEBUG).write(3, {"loss": 0.25, "grad/norm": 1.5})
+    """
+
+    def __init__(self, logger: str = "gradkern", level: int = logging.INFO) -> None:
+        self._log = logging.getLogger(logger)
+        self._level = level
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        """See `Sink.write`."""
+        if self._log.isEnabledFor(self._level):
+            shown = ", ".join(
+                f"{name.removeprefix('grad/').replace('_', ' ')} {values[name]:.4g}"
+                for name in _SHOWN
+                if name in values
+            )
+            self._log.log(self._level, "step %d: %s", step, shown)
+
+
+class JsonLinesSink:
+    """Appends a JSON object per line: ``{"step": 3, "grad/norm": 1.5}``.
+
+    NaN and Inf, which JSON has no numbers for, become the words "nan", "inf" and "-inf".
+
+    Args:
+        path: of the file; made if it is not there, else appended to.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self._file = Path(path).open("a", encoding="utf-8", buffering=1)  # noqa: SIM115
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        """See `Sink.write`."""
+        plain: dict[str, Any] = {
+            name: value if math.isfinite(value) else str(float(value)) for name, value in values.items()
+        }
+        self._file.write(json.dumps({"step": step, **plain}) + "\n")
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+class TensorBoardSink:
+    """Writes scalars with a `SummaryWriter` of `torch.utils.tensorboard`.
+
+    Args:
+        writer: a writer, or the directory for a new one, which needs the package `tensorboard`.
+    """
+
+    def __init__(self, writer: SummaryWriter | str | os.PathLike[str]) -> None:
+        if isinstance(writer, (str, os.PathLike)):
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError as error:
+                raise ImportError(_missing("TensorBoardSink", "tensorboard")) from error
+            writer = SummaryWriter(str(writer))
+        self._writer = writer
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        """See `Sink.write`."""
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        """Write what waits."""
+        self._writer.flush()
+
+
+class WandbSink:
+    """Logs to a run of Weights & Biases.
+
+    Every call is one `run.log` with the step among its values (``gradkern/step``), as its own x axis: it
+    neither needs nor disturbs the step that W&B counts for the rest of the run.
+
+    Args:
+        run: what `wandb.init` gave; by default the run that is active.
+    """
+
+    def __init__(self, run: Any = None) -> None:
+        if run is None:
+            try:
+                run = importlib.import_module("wandb").run
+            except ImportError as error:
+                raise ImportError(_missing("WandbSink", "wandb")) from error
+        if run is None:
+            raise ValueError("WandbSink: no run is active. Call wandb.init() first, or pass a run.")
+        self._run = run
+        for pattern in ("grad/*", "grad_norm/*"):
+            run.define_metric(pattern, step_metric="gradkern/step")
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        """See `Sink.write`."""
+        self._run.log({"gradkern/step": step, **values})
+
+
+class MlflowSink:
+    """Logs metrics to MLflow.
+
+    MLflow takes no ``[`` or ``]`` in names: they become ``(`` and ``)``.
+
+    Args:
+        run_id: of the run; by default the active one, or one that MLflow begins.
+        client: a `MlflowClient`; by default a new one.
+    """
+
+    def __init__(self, run_id: str | None = None, client: Any = None) -> None:
+        try:
+            mlflow = importlib.import_module("mlflow")
+        except ImportError as error:
+            raise ImportError(_missing("MlflowSink", "mlflow")) from error
+        self._metric = mlflow.entities.Metric
+        self._client = client or mlflow.MlflowClient()
+        self._run_id = run_id or (mlflow.active_run() or mlflow.start_run()).info.run_id
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        """See `Sink.write`."""
+        now = int(1000 * time.time())
+        metrics = [
+            self._metric(name.replace("[", "(").replace("]", ")"), value, now, step)
+            for name, value in values.items()
+        ]
+        self._client.log_batch(self._run_id, metrics=metrics, synchronous=False)
+
+
+class Window:
+    """Sums up the scalars of the steps between two calls of the sinks."""
+
+    def __init__(self) -> None:
+        self._values: dict[str, list[float]] = {}
+
+    def add(self, scalars: Mapping[str, float]) -> None:
+        """Take the scalars of a step, under the names of the record."""
+        for name, value in scalars.items():
+            self._values.setdefault(name, []).append(value)
+
+    def take(self) -> dict[str, float]:
+        """The numbers for the sinks, under their names. Begins anew."""
+        values, self._values = self._values, {}
+        found = {}
+        for name, target in _MEANS.items():
+            if name in values:
+                found[target] = _mean(values[name])
+        if "clip_coef" in values:
+            coefs = values["clip_coef"]
+            found["grad/clipped_fraction"] = sum(coef < 1 for coef in coefs) / len(coefs)
+        for name, target in _SUMS.items():
+            if name in values:
+                found[target] = sum(values[name])
+        return found
+
+
+_MEANS: Final = {
+    "loss": "loss",
+    "lr": "lr",
+    "grad_norm": "grad/norm",
+    "grad_clipped_norm": "grad/norm_clipped",
+    "clip_coef": "grad/clip_coef",
+}
+_SUMS: Final = {"nonfinite_count": "grad/nonfinite", "skipped": "grad/skipped"}
+
+
+def _mean(values: list[float]) -> float:
+    """Of the finite values; of none of them finite, the last one."""
+    finite = [value for value in values if math.isfinite(value)]
+    return sum(finite) / len(finite) if finite else values[-1]
+
+
+def _missing(sink: str, package: str) -> str:
+    return f"{sink} needs {package}, which is not installed. Install it: pip install 'gradkern[{package}]'."

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import gradkern
-from gradkern.params import Names, as_items, collect, has_gaps, labels_of
+from gradkern.params import NONFINITE_WORDS, Names, as_items, collect, has_gaps, labels_of
 from tests.backends import Backend
 from tests.helpers import INF, NAN, parameters, same_bits
 
@@ -63,9 +63,12 @@ def test_parameters_without_a_gradient_have_no_row(backend: Backend) -> None:
     assert stats.names == ["parameters[1]", "parameters[3]"]
 
 
-def test_a_parameter_that_is_passed_twice_counts_once_under_its_first_name(backend: Backend) -> None:
+@pytest.mark.parametrize("nonfinite", NONFINITE_WORDS)
+def test_a_parameter_that_is_passed_twice_counts_once_under_its_first_name(
+    nonfinite: str, backend: Backend
+) -> None:
     (parameter,) = parameters([torch.full((4,), 1.0)])
-    stats = gradkern.clip_([("encoder", parameter), ("decoder", parameter)], 1.0)
+    stats = gradkern.clip_([("encoder", parameter), ("decoder", parameter)], 1.0, nonfinite=nonfinite)
     assert stats.names == ["encoder"]
     assert float(stats) == 2.0
     assert parameter.grad is not None

@@ -57,7 +57,7 @@ def apply_(
     nonfinite = nonfinite if nonfinite in ("zero", "propagate") else "keep"
     bound = math.inf if decision.bound is None else decision.bound
     coef, unit_coef, rows = decision.coef, decision.unit_coef, seen.rows
-    if coef is None and unit_coef is None and factor is None and _is_inf(bound) and nonfinite != "zero":
+    if unit_coef is None and factor is None and _is_inf(bound) and nonfinite != "zero" and _is_one(coef):
         return
     if coef is None:
         coef = torch.ones_like(seen.total.select(0, 0))
@@ -72,6 +72,8 @@ def apply_(
     grads = seen.collect()
     if unit_coef is not None:
         ops.apply_units_(grads, unit_coef, math.inf, nonfinite)
+        if factor is None and _is_inf(bound) and decision.coef is None:
+            return
         rows = torch.full_like(rows, math.inf)  # what is left is not known without another read
     if isinstance(bound, float):
         ops.apply_(grads, rows, coef, bound, nonfinite)
@@ -97,6 +99,11 @@ def _apply_bounds(grads: list[Tensor], rows: Tensor, coef: Tensor, bounds: Tenso
         if nonfinite != "propagate":
             too_large = too_large & (grad.abs() < math.inf)
         torch.ops.aten.copy_.default(grad, torch.where(too_large, torch.copysign(limit, grad), grad))
+
+
+def _is_one(coef: Tensor | None) -> bool:
+    """Whether it is known to change nothing."""
+    return coef is None or (coef.dim() == 0 and reference.is_readable(coef) and coef.item() == 1)
 
 
 def _is_inf(bound: float | Tensor) -> bool:

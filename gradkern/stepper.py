@@ -123,7 +123,7 @@ class Stepper:
         rows, total, coef, present = found
         if total.device != self.state.layout.device:
             self._move(total.device)
-        stats = GradStats(rows, total, self._names(present, len(rows)), coef, clip_value, word)
+        stats = GradStats(rows, total, self._names(present, rows.shape[0]), coef, clip_value, word)
         clipped = coef < 1
         if clip_value < math.inf:
             clipped = clipped | (total[1] * coef > clip_value)
@@ -157,6 +157,8 @@ class Stepper:
                 "clipper.loss = loss before optimizer.step()."
             )
         seen = self._see()
+        if self.policy.needs.units:
+            seen = seen._replace(grads=seen.collect())
         if seen.total.device != self.state.layout.device:
             self._move(seen.total.device)
         measured = Measured(total=seen.total, rows=seen.rows)
@@ -205,7 +207,7 @@ class Stepper:
             found = ops.native.measure(items)
             if found is not None:
                 rows, total, present = found
-                return self._seen(rows, total, self._names(present, len(rows)), present, None)
+                return self._seen(rows, total, self._names(present, rows.shape[0]), present, None)
         if self.grad_attr == "grad":
             names, grads = collect(items, "Clipper")
         else:
@@ -252,11 +254,12 @@ class Stepper:
         if needs.weight_rows:
             measured = measured._replace(weight_rows=ops.measure(weights)[0])
         if needs.units:
-            grads = seen.collect()
+            full = grads = seen.collect()
             _check_units(self.policy, seen.names, grads)
-            present = range(len(grads)) if seen.present is None else seen.present
-            found = dict(zip(present, grads, strict=True))
-            full = [found.get(index, torch.zeros_like(weight)) for index, weight in enumerate(weights)]
+            if seen.present is not None:
+                full = [torch.zeros_like(weight) for weight in weights]
+                for index, grad in zip(seen.present, grads, strict=True):
+                    full[index] = grad
             sums = ops.unit_sums(full)
             sums = sums if factor is None else sums * factor.square()
             measured = measured._replace(units=Units(sums, ops.unit_sums(weights), self._unit_ends))

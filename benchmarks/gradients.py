@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from benchmarks.shapes import Shapes
 
-# Elements that are widened to float64 at a time.
-_SLICE = 1 << 22
+# Elements that are widened to float64 at a time: a cache holds all that is made of so few, and torch does not
+# call its other threads for them.
+_SLICE = 1 << 15
 # What a check looks at where it does not look at everything.
 _SAMPLED_TENSORS = 32
 _SAMPLED_ELEMENTS = 16
@@ -95,6 +96,8 @@ class Gradients:
             raise WrongResult(f"the norm is {norm!r}, off by {error:.1e}; float64 gives {self.norm!r}")
         found = self.grads if grads is None else grads
         for grad, original in self._all(found) if everything else self._some(found):
+            if coef == 1 and bound == math.inf and torch.equal(grad, original):
+                continue  # exact, and a fraction of the work
             expected = (original.double() * coef).clamp_(-bound, bound)
             # 1e-37: what is rounded to a denormal number is off by more, relatively.
             right = (grad.double() - expected).abs_() <= expected.abs_().mul_(rounding).add_(1e-37)

@@ -73,7 +73,7 @@ class Case:
 
 
 def clip_list(case: Case, gradients: Gradients, setting: Setting) -> list[Contender]:
-    """Clip by the joint norm, with the list of parameters at hand. gradkern gives its norm too, as torch does."""
+    """Clip by the joint norm, with the list of parameters at hand. Everyone gives the norm, as torch does."""
     params = gradients.params
     return [
         ours(gradients, "clip_", lambda: gradkern.clip_(params, MAX_NORM).norm),

@@ -29,8 +29,15 @@ struct alignas(16) uint4 {
 #define __syncthreads_or(predicate) executor::barrier(predicate)
 #define __threadfence() executor::fence()
 
-inline uint4 __ldcg(const uint4* address) { return *address; }
-inline void __stcg(uint4* address, uint4 value) { *address = value; }
+// Checked as the one access that they are on a GPU.
+__attribute__((noinline, no_sanitize_thread)) inline uint4 __ldcg(const uint4* address) {
+  executor::plain_access(address, sizeof *address, false);
+  return *address;
+}
+__attribute__((noinline, no_sanitize_thread)) inline void __stcg(uint4* address, uint4 value) {
+  executor::plain_access(address, sizeof *address, true);
+  *address = value;
+}
 
 template <class T>
 T __shfl_down_sync(unsigned mask, T value, int distance) {

@@ -449,6 +449,10 @@ void fence() {
   ++current->step;
 }
 
+void plain_access(const void* address, size_t bytes, bool write) {
+  check(static_cast<const char*>(address), bytes, write ? Access::kWrite : Access::kRead);
+}
+
 void atomic_access(const void* address, size_t bytes) {
   yield();
   check(static_cast<const char*>(address), bytes, Access::kAtomic);

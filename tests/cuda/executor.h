@@ -46,6 +46,8 @@ bool barrier(bool predicate);
 void fence();
 /// Waits for all lanes in `mask`, and gives the value of `source`; of this lane, where that is none.
 uint64_t shuffle_bits(unsigned mask, uint64_t bits, int source);
+/// Checks an access that the compiler is not to check piece by piece. The caller then carries it out.
+void plain_access(const void* address, size_t bytes, bool write);
 /// Checks and orders an atomic access. The caller then carries it out.
 void atomic_access(const void* address, size_t bytes);
 

@@ -62,6 +62,7 @@ std::string launch_with(const Case& c, const Args& args, const Addresses<kCapaci
   const int grid = static_cast<int>(grid_for(static_cast<Kernel>(c.kernel), args.plan.chunk_count, sms));
   using Function = void (*)(Args, Addresses<kCapacity>);
   const void* const handle = kernel_handle(static_cast<Kernel>(c.kernel), kCapacity);
+  if (handle == nullptr) return "harness: this kernel was not compiled";
   const Function kernel = reinterpret_cast<Function>(const_cast<void*>(handle));
   return executor::launch([&] { kernel(args, addresses); }, grid, kBlock, seed, traffic);
 }

@@ -224,6 +224,6 @@ def run(
         setattr(case, name, None if array is None else array.ctypes.data)
     problem = library.run_case(ctypes.byref(case))
     if problem is not None:
-        raise Violation(problem.decode())
+        raise (RuntimeError if problem.startswith(b"harness:") else Violation)(problem.decode())
     result.bytes_read, result.bytes_written, result.first = case.bytes_read, case.bytes_written, case.first
     return result

@@ -1,5 +1,5 @@
-"""The CUDA kernels against a float64 oracle, on the CPU. Every run is also watched: for accesses that are out of
-bounds, unaligned or uninitialised, and for races. See executor.h."""
+"""The CUDA kernels against a float64 oracle, on the CPU. Every run is also watched for accesses that are out
+of bounds, unaligned or uninitialised, and for races: see executor.h."""
 
 from __future__ import annotations
 
@@ -202,7 +202,9 @@ def test_stats_read_every_byte_once_and_write_none(library: CDLL) -> None:
 @pytest.mark.parametrize("eps", [0.0, 1e-6])
 @pytest.mark.parametrize("where", [[], [3], [3, 4], [3, 4, 5]], ids=str)
 @WORD
-def test_what_follows_from_the_total(library: CDLL, nonfinite: str, where: list[int], eps: float) -> None:
+def test_stats_tell_what_follows_from_the_total(
+    library: CDLL, nonfinite: str, where: list[int], eps: float
+) -> None:
     grads = [spoil(randn(100, torch.float64), where), randn(50, torch.float64)]
     total = oracle.merge(oracle.rows(grads))
     for max_norm, limit in ((0.5, None), (1e6, None), (math.inf, None), (math.inf, 0.25), (0.0, None)):

@@ -111,6 +111,16 @@ at::Tensor view(const at::Tensor& there) {
       at::TensorOptions().dtype(there.scalar_type()), c10::Device(c10::DeviceType::CPU));
 }
 
+/// A stream as torch had them before 2.11.
+struct OldStream {
+  c10::DeviceIndex index;
+  c10::DeviceIndex device_index() const { return index; }
+};
+uintptr_t old_route(int device) {
+  const OldStream stream{static_cast<c10::DeviceIndex>(device)};
+  return reinterpret_cast<uintptr_t>(gradkern::bindings::native_handle(stream));
+}
+
 cudaGraph_t graph = nullptr;
 
 }  // namespace
@@ -133,5 +143,6 @@ PYBIND11_MODULE(_fake_device, module) {
   module.def("begin_capture", [] { runtime::begin_capture(stream_of(0)); });
   module.def("end_capture", [] { graph = runtime::end_capture(stream_of(0)); });
   module.def("replay", [] { runtime::replay(graph, stream_of(0)); });
+  module.def("old_route", old_route);
   module.def("stream_route", gradkern::bindings::stream_route);
 }

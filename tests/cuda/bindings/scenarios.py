@@ -232,6 +232,12 @@ def the_current_stream_is_used() -> None:
 
 
 @scenario
+def a_torch_whose_streams_have_no_handle_is_asked_through_python() -> None:
+    torch._C._cuda_getCurrentRawStream = lambda device: 4096 + device
+    assert fake.old_route(3) == 4099
+
+
+@scenario
 def a_captured_call_is_replayed_with_values_of_then() -> None:
     fake.new_stream(0)
     other = uploaded([torch.ones(7)])

@@ -39,7 +39,7 @@ SLOW: Final = frozenset({
 })  # fmt: skip
 CADENCE: Final = 50
 
-# After a NaN every ReLU is dead, every gradient zero or gone, and every weight "grows": consequences only.
+# After a NaN every ReLU is dead, every gradient gone, and every weight "grows": nothing of it is news.
 EMPTY_AFTER_NAN: Final = frozenset({
     "dead_relu", "saturated_activation", "zero_gradient", "update_ratio_low", "weights_growing",
     "vanishing_gradient", "fp16_underflow", "unused_parameter", "overclipped", "clip_starvation",
@@ -88,7 +88,7 @@ def diagnose(record: Record) -> Diagnosis:
          Against it: nothing; a bad batch that is only skipped comes back in the next epoch
     """
     view = View.of(record)
-    found = detect(view)
+    found = [finding for finding in detect(view) if not _is_empty(view, finding)]
     alarms = [finding for finding in found if finding.is_alarm]
     infos = [finding for finding in found if not finding.is_alarm]
     if not alarms:
@@ -111,8 +111,15 @@ def diagnose(record: Record) -> Diagnosis:
     )
 
 
-def _cause(view: View, alarms: list[Finding]) -> tuple[Finding | None, Category | None]:
+def _is_empty(view: View, finding: Finding) -> bool:
+    """Whether the finding says only that the loss was NaN or Inf by then, and stayed so."""
     lost = health(view).nonfinite
+    _, losses = view.scalar("loss")
+    is_lost = lost is not None and finding.step >= lost and not math.isfinite(losses[-1])
+    return is_lost and finding.kind in EMPTY_AFTER_NAN
+
+
+def _cause(view: View, alarms: list[Finding]) -> tuple[Finding | None, Category | None]:
     signs = [f.step for f in alarms if f.kind not in CATEGORIES or _is_training(f)]
     onset = min(signs, default=math.inf)
     candidates: list[tuple[float, int, Finding, Category]] = []
@@ -123,8 +130,6 @@ def _cause(view: View, alarms: list[Finding]) -> tuple[Finding | None, Category 
         if category is None:
             continue
         if finding.step > onset + (CADENCE if finding.kind in SLOW or _is_training(finding) else 0):
-            continue
-        if lost is not None and finding.step >= lost and finding.kind in EMPTY_AFTER_NAN:
             continue
         if finding.kind == "update_ratio_low" and is_blocked:
             continue

@@ -169,7 +169,7 @@ def _diverging(
             return None
     # Since the last time that it was near its best.
     near = np.flatnonzero(losses <= best + min(0.1 * rise, 0.5 * abs(best)))
-    return int(steps[near[-1]]) if len(near) else int(steps[0])
+    return int(steps[min(near[-1] + 1, len(steps) - 1)]) if len(near) else int(steps[0])
 
 
 def _falls_without_bound(losses: Floats, start: float) -> bool:

@@ -93,8 +93,8 @@ def spikes(
     """Positions at which positive values jump up, with the robust z of log10 and the ratio to the median.
 
     Each value is compared with up to `window` finite ones before it (at least `least`), itself excluded: a
-    spike that is tested inside its own window hides itself. It counts if it is `ratio` times their median
-    and `z` robust standard deviations above it in log10.
+    spike that is tested inside its own window hides itself. It counts if it is `ratio` times the median of
+    the later half of them, and `z` robust standard deviations above it in log10, around their trend.
     """
     given = np.asarray(values, np.float64)
     where = np.flatnonzero(np.isfinite(given))
@@ -102,18 +102,29 @@ def spikes(
     if len(logs) <= least:
         return []
     step = math.log10(ratio)
-    # The median of a window is at least its minimum, which is cheaper by far and rules almost all out.
+    # The median of (half of) a window is at least its minimum, which is cheaper and rules almost all out.
     padded = np.concatenate([np.full(window, np.inf), logs])
     lowest = np.lib.stride_tricks.sliding_window_view(padded, window).min(axis=1)[: len(logs)]
     found = []
     for position in np.flatnonzero(logs - lowest >= step):
         if position < least:
             continue
-        before = logs[max(0, position - window) : position]
-        jump = logs[position] - float(np.median(before))
-        if jump >= step and (score := robust_z(float(logs[position]), before)) >= z:
+        level, error = _recent(logs[max(0, position - window) : position])
+        jump = logs[position] - level
+        if jump >= step and (score := jump / max(error, LEAST_SPREAD)) >= z:
             found.append((int(where[position]), score, 10.0**jump))
     return found
+
+
+def _recent(window: Floats) -> tuple[float, float]:
+    """The level of the later half of a window, and the spread around the trend from one half to the other.
+
+    Without the trend the fall of a loss that is learning would pass for noise.
+    """
+    half = len(window) // 2
+    early, late = float(np.median(window[:half])), float(np.median(window[half:]))
+    slope = (late - early) / (len(window) / 2)
+    return late, min(spread(window - slope * np.arange(len(window))), spread(window))
 
 
 def fit(x: npt.ArrayLike, y: npt.ArrayLike) -> Line:

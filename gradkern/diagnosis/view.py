@@ -107,7 +107,15 @@ class View:
                 role=str(entry.get("role", "weight" if len(shape) > 1 else "bias")),
                 requires_grad=bool(entry.get("requires_grad", True)),
             )
-        for kind in ("grad_norm", "weight_norm", "update_norm"):
+        for kind in (
+            "grad_norm",
+            "grad_nan",
+            "grad_inf",
+            "weight_norm",
+            "weight_nan",
+            "weight_inf",
+            "update_norm",
+        ):
             for name in self.names(kind):
                 found.setdefault(name, _guess(name))
         return found

@@ -1005,7 +1005,7 @@ def wrong_init_uniform_regression() -> Setup:
     source="autotrainer",
 )
 def exponential_activations() -> Setup:
-    model = mlp((2, 16, 16, 16, 2), Exponential)
+    model = mlp((2, 16, 16, 16, 16, 2), Exponential)
     return Setup(model, sgd(model, 0.1), sampler(*circles(), 32), cross_entropy)
 
 

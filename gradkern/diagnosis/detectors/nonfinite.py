@@ -22,7 +22,10 @@ LEAST_SCALE: Final = 1.0
 
 
 def loss_nonfinite(record: Record) -> list[Finding]:
-    """The loss is NaN or Inf. There is no threshold: no step can be made towards it."""
+    """The loss is NaN or Inf. There is no threshold: no step can be made towards it.
+
+    An error; a warning if it was so at no more than three steps and the run went on.
+    """
     view = View.of(record)
     steps, losses = view.scalar("loss")
     bad = np.flatnonzero(~np.isfinite(losses))

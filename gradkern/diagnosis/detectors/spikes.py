@@ -28,6 +28,8 @@ LOSS_RATIO: Final = 3.0
 # Harm: of the ten losses afterwards the median is four standard deviations above those before, and a quarter
 # of what had been learned is undone. One bad batch whose step did no harm is none of the user's business.
 AFTER: Final = 10
+# Before it, fewer than for the spike itself: over 128 steps the loss of a run that learns has come down far.
+BEFORE: Final = 32
 HARM_Z: Final = 4.0
 UNDONE: Final = 0.25
 
@@ -66,7 +68,7 @@ def harm(view: View, step: int) -> float:
     """
     steps, losses = view.scalar("loss")
     at = int(np.searchsorted(steps, step))
-    before, after = losses[max(0, at - WINDOW) : at], losses[at + 1 : at + 1 + AFTER]
+    before, after = losses[max(0, at - BEFORE) : at], losses[at + 1 : at + 1 + AFTER]
     if len(series.finite(before)) < 5 or len(after) < 3:
         return 0.0
     if not np.isfinite(after).any() or not np.isfinite(np.median(after)):

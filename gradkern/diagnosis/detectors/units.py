@@ -12,7 +12,7 @@ from gradkern.diagnosis.findings import Finding, Severity
 from gradkern.diagnosis.health import health
 from gradkern.diagnosis.view import View
 from gradkern.diagnosis.words import count, listed, percent
-from gradkern.record.schema import Record
+from gradkern.record.schema import Record, Rows, Steps
 
 # Sparse activations are the point of ReLU, and a small batch leaves many units at zero by chance. Nine in ten
 # over the last half of the run is an alarm if the loss is bad too; all of them, always, is one by itself: no
@@ -118,6 +118,7 @@ def zero_gradient(record: Record) -> list[Finding]:
     if len(steps) < ZERO_STEPS:
         return []
     names = view.names("grad_norm")
+    rows = _sound(view, steps, rows)
     zero = np.nan_to_num(rows, nan=1.0)[-ZERO_STEPS:] == 0
     bad = [
         i for i in view.matrices("grad_norm") if zero[:, i].all() and view.parameters[names[i]].requires_grad
@@ -168,6 +169,20 @@ def unused_parameter(record: Record) -> list[Finding]:
             f"{count(len(unused), 'parameter')} never got a gradient: {listed(unused)}.",
         )
     ]
+
+
+def _sound(view: View, steps: Steps, norms: Rows) -> Rows:
+    """`norms` without those of gradients that hold NaN or Inf, whose finite part may well be 0."""
+    result: Rows = norms.copy()
+    for kind in ("grad_nan", "grad_inf"):
+        count_steps, counts = view.rows(kind)
+        if view.names(kind) != view.names("grad_norm") or not len(count_steps):
+            continue
+        _, here, there = np.intersect1d(steps, count_steps, return_indices=True)
+        bad = np.zeros(result.shape, bool)
+        bad[here] = counts[there] > 0
+        result[bad] = math.nan
+    return result
 
 
 def _order(view: View, name: str) -> float:

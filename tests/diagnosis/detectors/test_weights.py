@@ -1,0 +1,105 @@
+"""Weights that grow and updates of the wrong size."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from gradkern.diagnosis import DETECTORS
+from tests.diagnosis.synthetic import falling, flat, only, parameter, record_of
+
+weights_growing = DETECTORS["weights_growing"]
+update_ratio_high = DETECTORS["update_ratio_high"]
+update_ratio_low = DETECTORS["update_ratio_low"]
+
+ONE = {"parameters": [parameter("w", (10, 10))]}
+
+
+def grown(rate: float, rows: int = 20, start: float = 10.0) -> dict[str, dict[str, list[float]]]:
+    norms = [start * rate**place for place in range(rows)]
+    return {"weight_norm": {"w": norms}, "weight_abs_max": {"w": [norm / 10 for norm in norms]}}
+
+
+def test_growth_is_extrapolated_to_the_overflow_of_float32() -> None:
+    record = record_of(loss=falling(200), rows=grown(2.0), every=10, meta=ONE)
+    overflow = only(weights_growing(record)).evidence["overflow_step"]
+    # abs_max is 2**19 at step 190 and doubles every 10 steps.
+    assert overflow == pytest.approx(190 + 10 * (math.log2(3.40e38) - 19), rel=1e-6)
+
+
+def test_growth_in_float16_is_extrapolated_to_its_own_end() -> None:
+    meta = {"parameters": [parameter("w", (10, 10), dtype="torch.float16")]}
+    record = record_of(loss=falling(80), rows=grown(2.0, rows=8), every=10, meta=meta)
+    overflow = only(weights_growing(record)).evidence["overflow_step"]
+    assert overflow == pytest.approx(70 + 10 * (math.log2(65504) - 7), rel=1e-6)
+
+
+def test_growth_that_levels_off_is_silent() -> None:
+    norms = [10.0 + 300.0 * (1 - math.exp(-place / 3)) for place in range(20)]
+    record = record_of(loss=falling(200), rows={"weight_norm": {"w": norms}}, every=10, meta=ONE)
+    assert weights_growing(record) == []
+
+
+def test_weights_of_ordinary_size_may_grow_tenfold() -> None:
+    record = record_of(loss=falling(200), rows=grown(1.2, start=0.1), every=10, meta=ONE)
+    assert weights_growing(record) == []
+
+
+def test_updates_of_half_the_weights_all_the_time_are_too_large() -> None:
+    record = record_of(loss=falling(50), update_norm=[0.6] * 50, weight_norm=[1.0] * 50)
+    assert only(update_ratio_high(record)).severity == "warning"
+
+
+def test_updates_of_a_tenth_are_silent_in_a_run_that_learns() -> None:
+    record = record_of(loss=falling(50), update_norm=[0.2] * 50, weight_norm=[1.0] * 50)
+    assert update_ratio_high(record) == []
+
+
+def test_updates_of_a_tenth_are_an_error_in_a_run_that_diverges() -> None:
+    losses = [1.1**step for step in range(50)]
+    record = record_of(loss=losses, update_norm=[0.2] * 50, weight_norm=[1.0] * 50)
+    assert only(update_ratio_high(record)).severity == "error"
+
+
+def test_updates_after_the_loss_is_gone_do_not_count() -> None:
+    losses = [1.0] * 20 + [math.nan] * 30
+    record = record_of(loss=losses, update_norm=[1e-3] * 25 + [5.0] * 25, weight_norm=[1.0] * 50)
+    assert update_ratio_high(record) == []
+
+
+def test_the_updates_of_sgd_are_known_at_every_step() -> None:
+    record = record_of(
+        loss=[1.1**step for step in range(40)],
+        lr=[0.1] * 40,
+        grad_finite_norm=[0.01] * 25 + [20.0] * 15,
+        grad_clipped_norm=[0.01] * 25 + [20.0] * 15,
+        meta={"optimizer": {"type": "SGD"}},
+    )
+    record.put_scalars(0, {"weight_norm": 1.0, "update_norm": 1e-3})
+    assert only(update_ratio_high(record)).step == 25
+
+
+def test_a_weight_that_is_zero_has_no_ratio() -> None:
+    record = record_of(loss=flat(120), update_norm=[0.2] * 120, weight_norm=[0.0] * 120)
+    assert update_ratio_high(record) == []
+
+
+def small(ratio: float, steps: int = 120) -> dict[str, dict[str, list[float]]]:
+    return {"weight_norm": {"w": [1.0] * steps}, "update_norm": {"w": [ratio] * steps}}
+
+
+def test_tiny_updates_of_a_flat_run_are_a_warning() -> None:
+    record = record_of(loss=flat(120), rows=small(1e-7), meta=ONE)
+    finding = only(update_ratio_low(record))
+    assert finding.severity == "warning"
+    assert finding.value == pytest.approx(float(np.float32(1e-7)), rel=1e-6)
+
+
+def test_tiny_updates_of_a_run_that_learns_are_information() -> None:
+    assert only(update_ratio_low(record_of(loss=falling(120), rows=small(1e-8), meta=ONE))).severity == "info"
+
+
+def test_the_updates_of_fine_tuning_are_silent() -> None:
+    assert update_ratio_low(record_of(loss=flat(120), rows=small(5e-4), meta=ONE)) == []

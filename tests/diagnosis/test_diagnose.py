@@ -1,0 +1,111 @@
+"""One cause, what follows from it, where it began, and silence where there is nothing."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+
+from gradkern.diagnosis import DETECTORS, Diagnosis, diagnose
+from gradkern.record import MemoryRecord
+from tests.diagnosis.synthetic import falling, flat, layers, noisy, parameter, record_of
+
+LOST = [2.0, 1.8, 1.6, 5.0, 300.0, *[math.nan] * 60]
+
+
+def test_an_empty_record_is_healthy() -> None:
+    assert str(diagnose(MemoryRecord())) == "Nothing wrong was found."
+
+
+@pytest.mark.parametrize("kind", DETECTORS)
+def test_every_detector_is_silent_on_an_empty_record(kind: str) -> None:
+    assert DETECTORS[kind](MemoryRecord()) == []
+
+
+@pytest.mark.parametrize("kind", DETECTORS)
+def test_every_detector_says_what_it_is_and_when_it_fires(kind: str) -> None:
+    assert len(DETECTORS[kind].__doc__ or "") > 80
+
+
+def test_data_come_before_everything_that_follows_from_them() -> None:
+    bad = [0.0] * 4 + [3.0] + [0.0] * 60
+    record = record_of(loss=LOST, data_nonfinite=bad, nonfinite_count=[0.0] * 4 + [9.0] * 61)
+    diagnosis = diagnose(record)
+    assert diagnosis.category == "data"
+    assert {finding.kind for finding in diagnosis.consequences} == {"loss_nonfinite", "grad_nonfinite"}
+
+
+def test_data_that_go_bad_after_the_loss_did_are_no_cause() -> None:
+    bad = [0.0] * 30 + [3.0] + [0.0] * 34
+    assert diagnose(record_of(loss=LOST, data_nonfinite=bad)).category != "data"
+
+
+def test_after_a_nan_dead_units_are_not_worth_a_word() -> None:
+    rows = {"act_dead": {"relu": [0.1, *[1.0] * 12]}}
+    diagnosis = diagnose(record_of(loss=LOST, rows=rows, every=5))
+    assert "dead_relu" not in {finding.kind for finding in diagnosis.alarms}
+
+
+def test_growth_through_depth_at_the_first_step_comes_before_the_large_updates_it_makes() -> None:
+    rows = {"out_grad_norm": {f"l{i}": [2.0 ** (11 - i)] for i in range(12)}}
+    record = record_of(loss=LOST, update_norm=[5.0] * 5, weight_norm=[1.0] * 5, rows=rows, meta=layers(12))
+    diagnosis = diagnose(record)
+    assert (diagnosis.category, diagnosis.cause and diagnosis.cause.kind) == (
+        "architecture",
+        "exploding_gradient",
+    )
+
+
+def test_large_updates_come_before_the_units_they_kill() -> None:
+    rows = {"act_dead": {"relu": [0.1, *[1.0] * 12]}}
+    record = record_of(loss=flat(130), update_norm=[0.5] * 130, weight_norm=[1.0] * 130, rows=rows, every=10)
+    assert diagnose(record).category == "optimizer"
+
+
+def test_signs_that_nothing_explains_have_no_single_cause() -> None:
+    losses = falling(150) + [2.0 + 0.05 * step for step in range(150)]
+    diagnosis = diagnose(record_of(loss=losses, update_norm=[1e-3] * 300, weight_norm=[1.0] * 300))
+    assert diagnosis.cause is None
+    assert str(diagnosis).startswith("No single cause")
+
+
+def test_small_steps_that_only_made_it_worse_go_the_wrong_way() -> None:
+    losses = [2.0 * 1.01**step for step in range(200)]
+    diagnosis = diagnose(
+        record_of(loss=losses, update_norm=[1e-3] * 200, weight_norm=[1.0] * 200, lr=[0.1] * 200)
+    )
+    assert diagnosis.category == "optimizer"
+    assert "Check the sign of the loss" in {advice.title for advice in diagnosis.advice}
+
+
+def test_float16_that_overflows_in_an_explosion_is_a_consequence_of_it() -> None:
+    losses = [2.0 * 1.5**step for step in range(40)] + [math.nan] * 5
+    norms = [3.0**step for step in range(40)] + [0.0] * 5
+    inf = [0.0] * 40 + [9.0] * 5
+    record = record_of(
+        loss=losses, grad_finite_norm=norms, nonfinite_count=inf, rows={"grad_inf": {"w": inf}},
+        meta={"parameters": [parameter("w", dtype="torch.float16")]},
+    )  # fmt: skip
+    diagnosis = diagnose(record)
+    assert diagnosis.category == "optimizer"
+    assert "fp16_overflow" in {finding.kind for finding in diagnosis.consequences}
+
+
+def test_it_began_in_the_layer_of_the_parameter_that_is_named() -> None:
+    counts = {"l0.weight": [0] * 4 + [1] * 61, "l1.weight": [0] * 4 + [1] * 61}
+    record = record_of(
+        loss=LOST, data_nonfinite=[0.0] * 4 + [1.0] * 61, nonfinite_count=[0.0] * 4 + [2.0] * 61,
+        rows={"grad_nan": counts}, meta=layers(2),
+    )  # fmt: skip
+    assert diagnose(record).began == {"step": 4, "layer": "l1", "parameter": "l1.weight", "unit": None}
+
+
+def test_a_diagnosis_is_json() -> None:
+    text = json.dumps(diagnose(record_of(loss=LOST, grad_finite_norm=noisy(65))).as_dict(), allow_nan=False)
+    assert json.loads(text)["consequences"][0]["kind"] == "loss_nonfinite"
+
+
+def test_a_healthy_run_gets_no_advice() -> None:
+    diagnosis = diagnose(record_of(loss=falling(200), grad_finite_norm=noisy(200)))
+    assert diagnosis == Diagnosis()

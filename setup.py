@@ -41,6 +41,7 @@ BINDINGS = ["csrc/bindings/module.cpp", "csrc/bindings/ops.cpp", "csrc/bindings/
 CUDA_BINDINGS, NO_CUDA_BINDINGS = "csrc/bindings/cuda_ops.cpp", "csrc/bindings/no_cuda.cpp"
 CMAKE_MINIMUM = (3, 20)
 CUDA_MINIMUM = (12, 1)  # kernel arguments of more than 4 KiB
+USUAL_NVCC = "/usr/local/cuda/bin"
 CUDA_ARCHS = ["75", "80", "86", "89", "90", "100", "120"]
 AGAIN = "and install gradkern again with `pip install --no-build-isolation`"
 
@@ -141,7 +142,7 @@ def find_toolkit(environ: Mapping[str, str]) -> Toolkit | str:
 def find_nvcc(environ: Mapping[str, str]) -> str | None:
     """The CUDA compiler: of CUDA_HOME, on PATH, in the usual place, or from the packages on PyPI."""
     places = [environ["CUDA_HOME"] + "/bin"] if environ.get("CUDA_HOME") else []
-    places += [environ.get("PATH", os.defpath), "/usr/local/cuda/bin"]
+    places += [environ.get("PATH", os.defpath), USUAL_NVCC]
     places += map(str, sorted(Path(sysconfig.get_path("platlib")).glob("nvidia/*/bin"), reverse=True))
     return shutil.which("nvcc", path=os.pathsep.join(places))
 
@@ -161,6 +162,8 @@ def build_library(directory: Path, toolkit: Toolkit | None) -> str:
     """Build the torch-free library with CMake and return the archive's path."""
     generator = ["-G", "Ninja"] if shutil.which("ninja") else []
     configure = ["cmake", "-S", ROOT, "-B", directory, "-DCMAKE_BUILD_TYPE=Release", *generator]
+    # Who insists on the extension wants to know; others are better served by a build with warnings.
+    configure.append(f"-DGRADKERN_STRICT={'ON' if os.environ.get('GRADKERN_BUILD') == '1' else 'OFF'}")
     if toolkit is None:
         configure.append("-DGRADKERN_NVCC=")
     else:
@@ -204,14 +207,18 @@ class BuildGradkern(BuildExtension):
         required = os.environ.get("GRADKERN_CUDA") == "1"
         if isinstance(toolkit, str):
             if required:
-                raise RuntimeError(f"GRADKERN_CUDA=1, but the CUDA kernels cannot be built: {toolkit}")
+                raise SystemExit(
+                    f"gradkern: GRADKERN_CUDA=1, but the CUDA kernels cannot be built: {toolkit}."
+                )
             self.cuda_reason, self.toolkit = toolkit, None
         else:
             self.toolkit = toolkit
         try:
             library = build_library(directory, self.toolkit)
         except subprocess.CalledProcessError as error:
-            if self.toolkit is None or required:
+            if required:
+                raise SystemExit(f"gradkern: GRADKERN_CUDA=1, but nvcc failed: {error}.") from error
+            if self.toolkit is None or os.environ.get("GRADKERN_BUILD") == "1":
                 raise
             self.cuda_reason, self.toolkit = f"nvcc failed ({error}): see its messages above", None
             library = build_library(directory, None)
@@ -234,6 +241,8 @@ class BuildGradkern(BuildExtension):
             self.toolkit, self.cuda_reason = None, ""
             print(f"gradkern: built without its extension: {self.reason}.", file=sys.stderr)
             extension.unlink(missing_ok=True)  # of an earlier build, which the record would belie
+        elif self.toolkit is None:
+            print(f"gradkern: built without its CUDA kernels: {self.cuda_reason}.", file=sys.stderr)
         record = {
             "extension": self.reason is None,
             "reason": self.reason or "",

@@ -15,7 +15,7 @@ namespace gradkern::cuda {
 namespace {
 
 #ifndef GRADKERN_CUDA_ARCHS
-#error "GRADKERN_CUDA_ARCHS must name the architectures that the kernels are compiled for, as in 80;90"
+#error "GRADKERN_CUDA_ARCHS must name the architectures that the kernels are compiled for, as in 80,90"
 #endif
 
 /// Memory of the plan blocks that are kept on each device, at most, and of the smallest of them.
@@ -353,7 +353,7 @@ std::string prepare(int index, Device& device) {
 std::string compiled_for() {
   std::string archs;
   for (const char* at = GRADKERN_CUDA_ARCHS; *at != '\0'; ++at)
-    archs += *at == ';' ? std::string(", sm_") : std::string(1, *at);
+    archs += *at == ',' ? std::string(", sm_") : std::string(1, *at);
   return "sm_" + archs + " and newer (by PTX), by CUDA " + version(CUDART_VERSION);
 }
 

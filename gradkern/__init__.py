@@ -36,7 +36,7 @@ from gradkern.sequence import truncated_bptt
 from gradkern.stats import GradStats, Stats
 
 if TYPE_CHECKING:
-    from gradkern.monitor import Monitor, TrainingStopped
+    from gradkern.monitor import Monitor, TrainingStopped, probe_time, trace_nonfinite
     from gradkern.record import Run
 
 __all__ = [
@@ -69,7 +69,9 @@ __all__ = [
     "get_total_norm",
     "measure",
     "measure_grads",
+    "probe_time",
     "recurrent",
+    "trace_nonfinite",
     "truncated_bptt",
 ]
 
@@ -78,6 +80,8 @@ _LAZY = {
     "Monitor": "gradkern.monitor",
     "Run": "gradkern.record",
     "TrainingStopped": "gradkern.monitor",
+    "probe_time": "gradkern.monitor",
+    "trace_nonfinite": "gradkern.monitor",
 }
 
 

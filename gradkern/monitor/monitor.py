@@ -8,7 +8,7 @@ import os
 import time
 import warnings
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
@@ -25,6 +25,8 @@ from gradkern.monitor.exponents import histogram
 from gradkern.monitor.hooks import ACT_KINDS, GRAD_KINDS, Observer
 from gradkern.monitor.host import Floats, Parcel, is_plain
 from gradkern.monitor.meta import describe, tensors_in
+from gradkern.monitor.probe import probe_time
+from gradkern.monitor.replay import Replay
 from gradkern.monitor.schedule import LAG, Schedule
 from gradkern.monitor.sinks import Sink, Window
 from gradkern.monitor.updates import UpdateSampler, norm_and_error
@@ -206,7 +208,7 @@ class Monitor:
         self._tally: Tensor | None = None
         self._origin_known = False
         self._off = self._closed = False
-        self._replay = _Replay(self._model) if keep_batch else None
+        self._replay = Replay(self._model) if keep_batch else None
 
         self._describe(optimizer)
         if optimizer is not None:
@@ -301,7 +303,7 @@ class Monitor:
             self._event(self._next, "clip_threshold", done)
         return done is not None
 
-    def replay(self) -> _Replay:
+    def replay(self) -> Replay:
         """The last step, to be run again: with `keep_batch`, a context manager that gives its batch.
 
         Inside, parameters, buffers and random state are as they were before that step; afterwards they are as
@@ -314,6 +316,17 @@ class Monitor:
             raise RuntimeError("Monitor.replay: nothing was kept. Make the Monitor with keep_batch=True.")
         self._replay.check()
         return self._replay
+
+    def probe_time(self, step_fn: Callable[[], Tensor], *, module: str | None = None) -> Tensor:
+        """`gradkern.probe_time` of the watched model, put into the record, where the detectors find it.
+
+        Call it now and then, beside the training steps: it takes a forward and a backward pass, step by step.
+        """
+        norms = probe_time(step_fn, self._model, module=module)
+        if not self._off:
+            self._set_names("time_grad_norm", [str(time) for time in range(len(norms))])
+            self._put("time_grad_norm", max(self._next - 1, 0), norms.cpu().numpy())
+        return norms
 
     def close(self) -> None:
         """Record what is left, look at it, and take everything away again. May be called twice."""
@@ -538,8 +551,6 @@ class Monitor:
         if self._tracked.refresh():
             self._describe(optimizer)
         closure = args[1] if len(args) > 1 else kwargs.get("closure")
-        if self._replay is not None and self._replay.is_stale:
-            self._replay.begin()
         found_inf = getattr(optimizer, "found_inf", None)
         if isinstance(found_inf, Tensor):
             self._found_inf = found_inf.clone()
@@ -1059,71 +1070,6 @@ class Monitor:
             f"is not affected. {type(error).__name__}: {error}{where}",
             stacklevel=4,
         )
-
-
-class _Replay:
-    """What the last step needs to be run again: batch, parameters, buffers, random state."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self._model = model
-        self._batch: Any = None
-        self._state: list[Tensor] = []
-        self._rng: Any = None
-        self._rng_next = _random_state()
-        self._now: tuple[list[Tensor], Any] | None = None
-        self.is_stale = True
-
-    def begin(self) -> None:
-        """Before the optimizer steps: copy what it is going to change."""
-        tensors = self._tensors()
-        if len(self._state) != len(tensors) or any(
-            a.shape != b.shape or a.device != b.device for a, b in zip(self._state, tensors, strict=True)
-        ):
-            self._state = [tensor.detach().clone() for tensor in tensors]
-        else:
-            for copy, tensor in zip(self._state, tensors, strict=True):
-                copy.copy_(tensor.detach())
-        self.is_stale = False
-
-    def end(self, batch: Any) -> None:
-        """The step is over: its batch; and the random state that the next one starts from."""
-        if self.is_stale:  # no optimizer told us when
-            self.begin()
-        self._batch = batch
-        self._rng, self._rng_next = self._rng_next, _random_state()
-        self.is_stale = True
-
-    def check(self) -> None:
-        """Raise if there is nothing to replay."""
-        if self._rng is None:
-            raise RuntimeError("Monitor.replay: no step was made yet.")
-
-    def __enter__(self) -> Any:
-        self._now = [tensor.detach().clone() for tensor in self._tensors()], _random_state()
-        self._put_back(self._state, self._rng)
-        return self._batch
-
-    def __exit__(self, *_: object) -> None:
-        assert self._now is not None
-        self._put_back(*self._now)
-        self._now = None
-
-    def _tensors(self) -> list[Tensor]:
-        return [*self._model.parameters(), *self._model.buffers()]
-
-    def _put_back(self, state: list[Tensor], rng: Any) -> None:
-        with torch.no_grad():
-            for tensor, copy in zip(self._tensors(), state, strict=True):
-                tensor.copy_(copy)
-        cpu, cuda = rng
-        torch.set_rng_state(cpu)
-        if cuda:
-            torch.cuda.set_rng_state_all(cuda)
-
-
-def _random_state() -> tuple[Tensor, list[Tensor]]:
-    started = torch.cuda.is_available() and torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
-    return torch.get_rng_state(), torch.cuda.get_rng_state_all() if started else []
 
 
 def _split(batch: Batch) -> tuple[list[Tensor], list[Tensor]]:

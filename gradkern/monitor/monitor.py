@@ -10,7 +10,7 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Final, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, TypeAlias, TypeVar
 
 import numpy as np
 import torch
@@ -41,6 +41,7 @@ log = logging.getLogger("gradkern")
 
 Loss: TypeAlias = Tensor | float
 Batch: TypeAlias = Any
+T = TypeVar("T")
 
 # Steps that are put into the record at once, and the longest time that any waits for it: with the half second
 # of the writer a killed process loses less than a second.
@@ -288,7 +289,7 @@ class Monitor:
     def diagnosis(self) -> Diagnosis:
         """One root cause, what follows from it, and what to do. Waits for the device."""
         self._catch_up()
-        return diagnose(self._record)
+        return _quietly(diagnose, self._record)
 
     @property
     def record(self) -> Record:
@@ -958,10 +959,7 @@ class Monitor:
 
     def _look(self, number: int, act: bool) -> None:
         """Run the detectors over the record, which goes up to step `number`."""
-        with warnings.catch_warnings():
-            # Of numpy, about series that are all NaN.
-            warnings.simplefilter("ignore", RuntimeWarning)
-            found = detect(self._record)
+        found = _quietly(detect, self._record)
         fresh = []
         for finding in found:
             key = (finding.kind, finding.severity)
@@ -980,7 +978,7 @@ class Monitor:
         for finding in fresh:
             stop = self._act(number, finding) or stop
         if stop is not None:
-            raise TrainingStopped(stop, diagnose(self._record))
+            raise TrainingStopped(stop, _quietly(diagnose, self._record))
 
     def _act(self, number: int, finding: Finding) -> Finding | None:
         """Do what is to be done about a finding. Gives it back if that is to stop."""
@@ -1070,6 +1068,13 @@ class Monitor:
             f"is not affected. {type(error).__name__}: {error}{where}",
             stacklevel=4,
         )
+
+
+def _quietly(function: Callable[[Record], T], record: Record) -> T:
+    """Without the warnings of numpy about series that are all NaN."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        return function(record)
 
 
 def _split(batch: Batch) -> tuple[list[Tensor], list[Tensor]]:

@@ -36,7 +36,7 @@ GRADKERN_DEVICE void scale_range(T* data, int length, Team team, const Action& a
   const ScaleAndClamp<T, kScale> clip{action.coef, bound, narrow<T>(bound), narrow<T>(-bound),
                                       action.nonfinite};
   for_each(
-      data, length, team, [&](T* element) { *element = clip(*element); },
+      data, length, team, [&](T* element) { rewrite_one(element, clip); },
       [&](const Batch& batch) { rewrite<T>(batch, clip); });
 }
 

@@ -6,7 +6,14 @@
 
 namespace gradkern::cuda {
 
-/// Gives every loaded element its new value. Vectors in which no bit changes are not written.
+/// Gives an element its new value, and writes it only if a bit changes.
+template <class T, class NewValue>
+GRADKERN_DEVICE void rewrite_one(T* element, NewValue new_value) {
+  const T old = *element, now = new_value(old);
+  if (bits_of(old) != bits_of(now)) *element = now;
+}
+
+/// The same for all that a thread has loaded. A vector is written whole, if a bit of it changes.
 template <class T, class NewValue>
 GRADKERN_DEVICE void rewrite(const Batch& batch, NewValue new_value) {
 #pragma unroll

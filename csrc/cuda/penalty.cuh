@@ -6,15 +6,26 @@
 
 namespace gradkern::cuda {
 
-/// 16 bytes of weights. Gradients are aligned where this is called, their weights perhaps otherwise (views
+/// The weights of a batch of gradients. Gradients are aligned here, their weights perhaps otherwise (views
 /// into buffers of different offsets): those are loaded one by one.
 template <class T>
-GRADKERN_DEVICE uint4 load_weights(const T* weights) {
-  if (reinterpret_cast<uintptr_t>(weights) % 16 == 0) return load(reinterpret_cast<const uint4*>(weights));
-  Vector<T> vector;
+GRADKERN_DEVICE void load_weights(uint4 (&loaded)[kLoads], const T* weights, const Batch& batch) {
+  const bool aligned = reinterpret_cast<uintptr_t>(weights) % 16 == 0;
+  const uint4* const vectors = reinterpret_cast<const uint4*>(weights);
 #pragma unroll
-  for (int e = 0; e < kWidth<T>; ++e) vector.element[e] = weights[e];
-  return raw(vector);
+  for (int k = 0; k < kLoads; ++k) {
+    const bool inside = aligned && k < batch.count;
+    loaded[k] = inside ? load(vectors + k * batch.stride) : uint4{0, 0, 0, 0};
+  }
+  if (aligned) return;
+#pragma unroll
+  for (int k = 0; k < kLoads; ++k) {
+    if (k >= batch.count) break;
+    Vector<T> vector;
+#pragma unroll
+    for (int e = 0; e < kWidth<T>; ++e) vector.element[e] = weights[k * batch.stride * kWidth<T> + e];
+    loaded[k] = raw(vector);
+  }
 }
 
 /// The penalty of a weight is added to `sum`, its gradient to the gradient that is returned.
@@ -45,12 +56,8 @@ __global__ void __launch_bounds__(kBlock, kPenaltyBlocksPerSm)
         grads, chunk.length, block_team(),
         [&](T* grad) { *grad = penalised(*grad, weights[grad - grads], args.l1, args.l2, sum); },
         [&](const Batch& batch) {
-          const T* const first = weights + (reinterpret_cast<const T*>(batch.at) - grads);
           uint4 loaded[kLoads];
-#pragma unroll
-          for (int k = 0; k < kLoads; ++k) {
-            if (k < batch.count) loaded[k] = load_weights(first + k * batch.stride * kWidth<T>);
-          }
+          load_weights(loaded, weights + (reinterpret_cast<const T*>(batch.at) - grads), batch);
 #pragma unroll
           for (int k = 0; k < kLoads; ++k) {
             if (k >= batch.count) break;

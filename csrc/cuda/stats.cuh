@@ -167,7 +167,7 @@ __global__ void __launch_bounds__(kBlock, kValueBlocksPerSm)
         data, chunk.length, block_team(),
         [&](T* element) {
           add_one(tally, *element);
-          *element = clamp(*element);
+          rewrite_one(element, clamp);
         },
         [&](const Batch& batch) {
           const Real<T> largest = add_batch(tally, batch);

@@ -1,0 +1,201 @@
+"""Activations and output gradients against autograd in double, on the steps they are looked at."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from gradkern.monitor import Monitor
+from gradkern.monitor.hooks import unit_dim
+
+
+def observe(model: nn.Module, x: Tensor, steps: int = 1, **settings: Any) -> Monitor:
+    """Steps without learning, so that each is the same; activations of every step unless said otherwise."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    with Monitor(model, optimizer, **{"activations_every": 1, **settings}) as monitor:
+        for _ in range(steps):
+            optimizer.zero_grad()
+            loss = model(x).square().sum()
+            loss.backward()
+            optimizer.step()
+            monitor.step(loss)
+    return monitor
+
+
+def value(monitor: Monitor, kind: str, module: str) -> float:
+    _, rows = monitor.record.rows(kind)
+    return float(rows[0, monitor.record.names(kind).index(module)])
+
+
+def two_layers() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+
+
+def test_output_gradients_are_those_of_autograd() -> None:
+    model, x = two_layers(), torch.randn(5, 3)
+    monitor = observe(model, x)
+    exact = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
+    exact.load_state_dict(model.state_dict())
+    first = exact[0](x.double())
+    second = exact[1](first)
+    third = exact[2](second)
+    grads = torch.autograd.grad(third.square().sum(), [first, second, third])
+    for path, grad in zip("012", grads, strict=True):
+        units = grad.norm(dim=0)
+        assert value(monitor, "out_grad_norm", path) == pytest.approx(grad.norm().item(), rel=1e-5)
+        assert value(monitor, "out_grad_unit_max", path) == pytest.approx(units.max().item(), rel=1e-5)
+        expected = (units > 1).double().mean().item()
+        assert value(monitor, "out_grad_unit_above_one", path) == pytest.approx(expected)
+
+
+def test_the_units_of_images_are_their_channels() -> None:
+    model, x = nn.Sequential(nn.Conv2d(2, 3, 3), nn.Flatten(), nn.Linear(12, 1)), torch.randn(4, 2, 4, 4)
+    monitor = observe(model, x)
+    out = model[0](x)
+    (grad,) = torch.autograd.grad(model[2](model[1](out)).square().sum(), [out])
+    expected = torch.linalg.vector_norm(grad.double(), dim=(0, 2, 3)).max().item()
+    assert value(monitor, "out_grad_unit_max", "0") == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("module", "shape", "dim"),
+    [
+        (nn.Conv1d(1, 1, 1), (2, 3, 4), 1),
+        (nn.Linear(1, 1), (2, 3, 4), -1),
+        (nn.ReLU(), (2, 3, 4, 5), 1),
+        (nn.Linear(1, 1), (7,), -1),
+    ],
+)
+def test_units_are_channels_of_images_else_the_last_dimension(
+    module: nn.Module, shape: tuple[int, ...], dim: int
+) -> None:
+    assert unit_dim(module, torch.zeros(shape)) == dim
+
+
+def test_units_that_are_zero_for_the_whole_batch_are_dead() -> None:
+    model = nn.Sequential(nn.Linear(1, 4, bias=False), nn.ReLU(), nn.Linear(4, 1))
+    model[0].weight.data = torch.tensor([[1.0], [-1.0], [-1.0], [-2.0]])
+    assert value(observe(model, torch.ones(6, 1)), "act_dead", "1") == 0.75
+
+
+def test_a_unit_that_is_alive_for_one_example_is_not_dead() -> None:
+    model = nn.Sequential(nn.Linear(1, 2, bias=False), nn.ReLU(), nn.Linear(2, 1))
+    model[0].weight.data = torch.tensor([[1.0], [-1.0]])
+    assert value(observe(model, torch.tensor([[-1.0], [1.0]])), "act_dead", "1") == 0
+
+
+@pytest.mark.parametrize(
+    ("module", "inputs", "share"),
+    [
+        # The slope of tanh is a tenth of its steepest at 1.818, that of the sigmoid at 3.636.
+        (nn.Tanh(), [0.0, 1.80, -1.83, 5.0], 0.5),
+        (nn.Sigmoid(), [0.0, 3.62, -3.65, 9.0], 0.5),
+        (nn.Hardtanh(), [0.0, 0.99, -1.5, 2.0], 0.5),
+    ],
+)
+def test_outputs_in_the_flat_part_are_saturated(module: nn.Module, inputs: list[float], share: float) -> None:
+    model = nn.Sequential(nn.Linear(1, 4, bias=False), module, nn.Linear(4, 1))
+    model[0].weight.data = torch.tensor(inputs)[:, None]
+    assert value(observe(model, torch.ones(1, 1)), "act_saturated", "1") == share
+
+
+def test_outputs_that_are_not_finite_are_counted_beside_the_largest_that_is() -> None:
+    model = nn.Sequential(nn.Linear(1, 4, bias=False), nn.Identity())
+    model[0].weight.data = torch.tensor([[1.0], [math.nan], [math.inf], [-3.0]])
+    monitor = observe(model, torch.ones(2, 1))
+    assert value(monitor, "act_nonfinite", "0") == 4
+    assert value(monitor, "act_abs_max", "0") == 3
+
+
+def test_hooks_are_there_on_their_steps_only() -> None:
+    model = two_layers()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    hooked = []
+    with Monitor(model, optimizer, activations_every=3) as monitor:
+        for _ in range(7):
+            hooked.append(bool(model[0]._forward_hooks))
+            loss = model(torch.ones(2, 3)).sum()
+            loss.backward()
+            optimizer.step()
+            monitor.step(loss)
+    assert hooked == [True, False, False, True, False, False, True]
+    assert monitor.record.rows("act_abs_max")[0].tolist() == [0, 3, 6]
+
+
+def test_no_activations_are_looked_at_if_that_is_said() -> None:
+    model = two_layers()
+    assert not observe(model, torch.ones(2, 3), activations_every=0).record.names("act_abs_max")
+
+
+def test_an_evaluation_is_not_observed() -> None:
+    model = two_layers()
+    with Monitor(model, activations_every=1) as monitor:
+        model.eval()
+        model(torch.full((1, 3), 1e9))
+        model.train()
+        monitor.step(1.0)
+        model(torch.ones(1, 3))
+        monitor.step(1.0)
+    steps, rows = monitor.record.rows("act_abs_max")
+    assert steps.tolist() == [1]
+    assert rows.max() < 1e3
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing_changes_nothing_that_is_seen(reentrant: bool) -> None:
+    class Checkpointed(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            return self[2](checkpoint(lambda h: self[1](self[0](h)), x, use_reentrant=reentrant))
+
+    x = torch.randn(5, 3, requires_grad=True)
+    plain = observe(two_layers(), x).record
+    other = observe(Checkpointed(*two_layers()), x).record
+    for kind in ("out_grad_norm", "out_grad_unit_max", "act_abs_max", "act_saturated"):
+        assert other.names(kind) == plain.names(kind)
+        np.testing.assert_allclose(other.rows(kind)[1], plain.rows(kind)[1], rtol=1e-6)
+
+
+def test_of_a_recurrent_network_the_outputs_are_looked_at() -> None:
+    class Last(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rnn = nn.LSTM(2, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.rnn(x)[0]
+
+    monitor = observe(Last(), torch.randn(4, 5, 2))
+    assert monitor.record.names("out_grad_norm") == ["rnn"]
+
+
+def test_a_module_that_gives_no_tensor_is_passed_over() -> None:
+    class Words(nn.Module):
+        def forward(self, x: Tensor) -> dict[str, str]:
+            return {"what": "nothing"}
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.words, self.last = Words(), nn.Linear(3, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.words(x)
+            return self.last(x)
+
+    assert observe(Net(), torch.ones(2, 3)).record.names("act_abs_max") == ["last"]
+
+
+def test_autocast_is_recorded() -> None:
+    model = two_layers()
+    with Monitor(model) as monitor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            model(torch.ones(2, 3))
+        monitor.step(1.0)
+    assert monitor.record.meta["amp"] == {"enabled": True, "dtype": "bfloat16"}

@@ -3,7 +3,8 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
-CPP := $(wildcard csrc/*/*.h csrc/*/*.inl csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh tests/cpp/*.h tests/cpp/*.cpp)
+CPP := $(wildcard csrc/*/*.h csrc/*/*.inl csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh tests/cpp/*.h tests/cpp/*.cpp \
+	tests/cuda/*.h tests/cuda/*.cpp tests/cuda/*/*.h tests/cuda/*/*.cpp)
 BUILT_FROM := setup.py pyproject.toml CMakeLists.txt $(wildcard csrc/*/*)
 
 # The tools of .venv come before those of the machine, for CMake too.

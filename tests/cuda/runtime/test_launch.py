@@ -40,6 +40,7 @@ ALWAYS_ALLOWED = {
     "cudaMemcpyAsync",
     "cudaSetDevice",
     "cudaStreamGetCaptureInfo",
+    "cudaStreamGetCaptureInfo_v2",  # its name before CUDA 13
     "cudaStreamGetId",
     "cudaThreadExchangeStreamCaptureMode",
     "cudaUserObjectCreate",

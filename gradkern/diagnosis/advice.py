@@ -70,6 +70,7 @@ class Threshold:
     why: str
 
 
+@np.errstate(all="ignore")
 def recommend_threshold(record: Record, before: int | None = None, *, of: str = "norm") -> Threshold:
     """A clipping threshold from the norms of a run: the 90th percentile of its ordinary steps.
 
@@ -278,7 +279,7 @@ def _rate(view: View, cause: Finding | None, kinds: dict[str, Finding]) -> list[
         ]
     if high is not None:
         usual = max(float(high.evidence["median"]), float(high.evidence["largest"]) / 10)
-        better = 10.0 ** round(math.log10(lr * USUAL_RATIO / usual)) if usual > 0 else lr / 10
+        better = 10.0 ** round(math.log10(lr * USUAL_RATIO / usual)) if min(usual, lr) > 0 else lr / 10
         return [
             Advice(
                 "Lower the learning rate",
@@ -355,12 +356,12 @@ def _structure(view: View, findings: list[Finding]) -> list[Advice]:
                 )
             if explodes:
                 length = max(steps // 5, 5)
-                factor = float(finding.evidence["factor"])
+                shorter = series.power10(length * math.log10(float(finding.evidence["factor"])))
                 found.append(
                     Advice(
                         "Cut the sequence",
                         f"for chunk, state in gradkern.truncated_bptt(sequence, state, {length}): ...",
-                        f"over {length} steps the factor is {number(factor**length)} instead of "
+                        f"over {length} steps the factor is {number(shorter)} instead of "
                         f"{_evidence(finding, 'total')}",
                         "nothing is learned across the cuts",
                         0.6,

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from typing import Final
 
+import numpy as np
+
 from gradkern.diagnosis.advice import advise
 from gradkern.diagnosis.detectors import detect
 from gradkern.diagnosis.findings import Category, Diagnosis, Finding
@@ -64,6 +66,7 @@ NEVER_FELL: Final = 0.9
 AT_START: Final = 0.9
 
 
+@np.errstate(all="ignore")
 def diagnose(record: Record) -> Diagnosis:
     """One root cause of what is wrong with a run, or honestly none, with its consequences and advice.
 

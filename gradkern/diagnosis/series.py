@@ -68,6 +68,23 @@ def step_noise(values: npt.ArrayLike) -> float:
     return spread(np.diff(kept)) / math.sqrt(2) if len(kept) > 2 else 0.0
 
 
+def largest(values: npt.ArrayLike) -> float:
+    """The largest of the finite values, NaN if there is none."""
+    kept = finite(values)
+    return float(kept.max()) if len(kept) else math.nan
+
+
+def smallest(values: npt.ArrayLike) -> float:
+    """The smallest of the finite values, NaN if there is none."""
+    kept = finite(values)
+    return float(kept.min()) if len(kept) else math.nan
+
+
+def power10(exponent: float) -> float:
+    """10 to the power of `exponent`, without overflow."""
+    return float(10.0 ** min(max(exponent, -300.0), 300.0))
+
+
 def row_medians(values: npt.ArrayLike) -> Floats:
     """The median of the finite entries of each column of ``[k, n]``, NaN where there is none."""
     array = np.asarray(values, np.float64)
@@ -112,7 +129,7 @@ def spikes(
         level, error = _recent(logs[max(0, position - window) : position])
         jump = logs[position] - level
         if jump >= step and (score := jump / max(error, LEAST_SPREAD)) >= z:
-            found.append((int(where[position]), score, 10.0**jump))
+            found.append((int(where[position]), score, power10(jump)))
     return found
 
 

@@ -31,7 +31,7 @@ def percent(share: float) -> str:
 def count(amount: float, one: str, many: str | None = None) -> str:
     """``1 step``, ``3 steps``."""
     word = one if amount == 1 else many or f"{one}s"
-    return f"{round(amount)} {word}"
+    return f"{round(amount) if math.isfinite(amount) else number(amount)} {word}"
 
 
 def listed(names: Sequence[str], most: int = 3) -> str:

@@ -56,7 +56,8 @@ def outcome_of(verdict: Verdict) -> Outcome:
         verdict.is_right,
         verdict.alarms,
         {name: rule(verdict.record) for name, rule in RULES.items()},
-        f"{diagnosis.category}, {', '.join(sorted(verdict.kinds)) or 'silent'}",
+        f"{diagnosis.category}, {', '.join(sorted(verdict.kinds)) or 'silent'}"
+        + (f"; while it ran {sorted(verdict.live)}" if case.is_healthy and verdict.live else ""),
     )
 
 

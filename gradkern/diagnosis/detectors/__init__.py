@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Final
 
+import numpy as np
+
 from gradkern.diagnosis.detectors.clipping import clip_starvation, overclipped
 from gradkern.diagnosis.detectors.data import data_scale
 from gradkern.diagnosis.detectors.flow import exploding_gradient, norms_above_one, vanishing_gradient
@@ -67,6 +69,7 @@ DETECTORS: Final[dict[str, Callable[[Record], list[Finding]]]] = {
 """Every detector by the kind of its findings."""
 
 
+@np.errstate(all="ignore")  # a broken run holds numbers of any size
 def detect(record: Record) -> list[Finding]:
     """Run all detectors over a record. Findings come in the order of their steps, errors first at the same.
 

@@ -8,6 +8,7 @@ import numpy as np
 
 from gradkern.diagnosis import series
 from gradkern.diagnosis.detectors.spikes import HARM_Z, LEAST, SPIKE_Z, WINDOW, harm
+from gradkern.diagnosis.detectors.units import dead_relu, zero_gradient
 from gradkern.diagnosis.findings import Finding
 from gradkern.diagnosis.health import health
 from gradkern.diagnosis.view import View
@@ -35,8 +36,9 @@ def data_scale(record: Record) -> list[Finding]:
     """Inputs or targets far from unit scale, or one batch ten times larger than all before it.
 
     Inputs with a standard deviation of 10 or a largest value of 100, regression targets of 100: information,
-    for a normalising first layer makes up for it; a warning if the loss is bad, or the first hidden layer is
-    saturated or dead at the first step. A single batch: information, a warning if the loss was harmed.
+    for a normalising first layer makes up for it; a warning if the loss is bad, the first hidden layer is
+    saturated or dead at the first step, or a layer is cut off altogether later. A single batch: information,
+    a warning if the loss was harmed.
     """
     view = View.of(record)
     return [*_scale(view), *_batch(view)]
@@ -59,7 +61,7 @@ def _scale(view: View) -> list[Finding]:
     targets = target >= TARGET_PEAK and first_loss >= TARGET_LOSS * target
     if not inputs and not targets:
         return []
-    is_alarm = state.is_bad or (inputs and _is_blocked(view))
+    is_alarm = state.is_bad or (inputs and (_is_blocked(view) or _is_cut_off(view)))
     parts = []
     if inputs:
         parts.append(f"Inputs reach {number(peak)} (standard deviation {number(std)})")
@@ -96,6 +98,11 @@ def _is_blocked(view: View) -> bool:
         if len(measured) > 1 and rows[0, names.index(measured[0])] >= BLOCKED:
             return True
     return False
+
+
+def _is_cut_off(view: View) -> bool:
+    """Whether no gradient passes any more, which is how large inputs end with ReLU."""
+    return any(finding.is_alarm for finding in [*dead_relu(view), *zero_gradient(view)])
 
 
 def _batch(view: View) -> list[Finding]:

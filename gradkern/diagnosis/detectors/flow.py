@@ -107,7 +107,7 @@ def norms_above_one(record: Record) -> list[Finding]:
     medians = series.row_medians(norms)
     order = np.argsort(-medians)
     names = tuple(view.names("grad_norm")[columns[i]] for i in order)
-    lowest = float(np.nanmin(medians))
+    lowest = series.smallest(medians)
     trouble = health(view).trouble
     _, units = view.rows("out_grad_unit_above_one")
     share = series.median(units) if units.size else math.nan
@@ -191,8 +191,7 @@ def _over_depth(view: View) -> list[Finding]:
         return []
     first = int(np.flatnonzero(holds)[0])
     line = lines[first]
-    factor = 10.0**-line.slope
-    total = factor**spans
+    factor, total = series.power10(-line.slope), series.power10(-line.slope * spans)
     return [
         Finding(
             "exploding_gradient",
@@ -225,8 +224,7 @@ def _over_time(view: View) -> list[Finding]:
         return []
     step, logs = profile
     line = series.fit(np.arange(len(logs)), logs)
-    factor = 10.0**-line.slope
-    total = factor ** (len(logs) - 1)
+    factor, total = series.power10(-line.slope), series.power10(-line.slope * (len(logs) - 1))
     if line.r2 < TIME_R2 or factor < TIME_FACTOR or total < TIME_TOTAL:
         return []
     return [
@@ -265,7 +263,7 @@ def _over_training(view: View) -> list[Finding]:
     reached = int(large[0])
     quiet = np.flatnonzero(growth[:reached] <= 3.0)
     onset = int(quiet[-1]) + 1 if len(quiet) else reached
-    peak = float(np.nanmax(norms[np.isfinite(norms)]))
+    peak = series.largest(norms)
     names = _largest(view, int(steps[reached]))
     where = f", most in {names[0]!r}" if names else ""
     return [
@@ -330,7 +328,7 @@ def _vanishing_depth(view: View) -> list[Finding]:
     if measured.sum() < 2 or fitting[measured].mean() < VANISHED_SHARE:
         return []
     slope = float(np.median([line.slope for line, fits in zip(lines, fitting, strict=True) if fits]))
-    factor, total = 10.0**-slope, 10.0 ** (-slope * spans)
+    factor, total = series.power10(-slope), series.power10(-slope * spans)
     return [
         Finding(
             "vanishing_gradient",
@@ -352,8 +350,7 @@ def _vanishing_time(view: View) -> list[Finding]:
         return []
     step, logs = profile
     line = series.fit(np.arange(len(logs)), logs)
-    factor = 10.0**-line.slope
-    total = factor ** (len(logs) - 1)
+    factor, total = series.power10(-line.slope), series.power10(-line.slope * (len(logs) - 1))
     if line.r2 < TIME_R2 or total > VANISHED:
         return []
     severity: Severity = "warning" if health(view).flat else "info"

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import math
+from typing import Final
 
-import numpy as np
-
+from gradkern.diagnosis import series
 from gradkern.diagnosis.findings import Finding
 from gradkern.diagnosis.health import CHANCE, EXCURSION_SHARE, FLAT_SHARE, LOST_SHARE, chance_level, health
 from gradkern.diagnosis.view import View
 from gradkern.diagnosis.words import count, number
 from gradkern.record.schema import Record
 
+# Healthy runs sit on a plateau for a few hundred steps.
+PLATEAU: Final = 1000
+
 # A loss at ten times where it began has nothing left of the run.
-LOST: float = 10.0
+LOST: Final = 10.0
 
 
 def loss_diverging(record: Record) -> list[Finding]:
@@ -60,7 +63,7 @@ def loss_unstable(record: Record) -> list[Finding]:
     if state.unstable is None:
         return []
     _, losses = view.scalar("loss")
-    highest = float(np.nanmax(losses[np.isfinite(losses)]))
+    highest = series.largest(losses)
     if state.excursions:
         sentence = (
             f"The loss jumps about: {count(state.excursions, 'time')} in the second half of the run it went "
@@ -85,8 +88,9 @@ def loss_unstable(record: Record) -> list[Finding]:
 def no_traction(record: Record) -> list[Finding]:
     """The loss has not come down: the improvement since the first step is certainly below 5 % of its level.
 
-    A warning if the loss is that of a guess, ln of the number of outputs. Otherwise information: a model that
-    had been trained before looks the same. The causes of a flat loss are alarms of their own.
+    A warning if after 1000 steps the loss is that of a guess, ln of the number of outputs. Otherwise
+    information: a model that had been trained before looks the same, and so does a plateau that a healthy run
+    leaves after a while. The causes of a flat loss are alarms of their own, and need fewer steps.
     """
     view = View.of(record)
     state = health(view)
@@ -99,7 +103,7 @@ def no_traction(record: Record) -> list[Finding]:
     return [
         Finding(
             "no_traction",
-            "warning" if is_chance else "info",
+            "warning" if is_chance and state.steps >= PLATEAU else "info",
             int(steps[0]),
             (),
             state.start - state.last,

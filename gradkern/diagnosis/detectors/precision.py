@@ -67,10 +67,14 @@ def fp16_overflow(record: Record) -> list[Finding]:
         before = peaks[peak_steps <= lost] if len(peak_steps) else peaks
         norm_steps, norms = view.scalar("grad_finite_norm")
         norm = series.finite(norms[norm_steps < lost][-1:])
-        is_near = before.size > 0 and float(np.nanmax(before[-1:])) >= NEAR_LARGEST
+        is_near = before.size > 0 and series.largest(before[-1:]) >= NEAR_LARGEST
         if is_near or (hit is not None and (not len(norm) or norm[0] < FP16_LARGEST)):
             names = (
-                (view.names("act_abs_max")[int(np.nanargmax(before[-1]))],)
+                (
+                    view.names("act_abs_max")[
+                        int(np.nanargmax(np.where(np.isfinite(before[-1]), before[-1], -1.0)))
+                    ],
+                )
                 if is_near
                 else hit[1]
                 if hit
@@ -96,10 +100,10 @@ def fp16_overflow(record: Record) -> list[Finding]:
             )
         ]
     _, peaks = view.rows("act_abs_max")
-    highest = float(np.nanmax(peaks)) if np.isfinite(peaks).any() else 0.0
-    if highest < NEAR_LARGEST:
+    highest = series.largest(peaks)
+    if not highest >= NEAR_LARGEST:
         return []
-    place, column = divmod(int(np.nanargmax(peaks)), peaks.shape[1])
+    place, column = divmod(int(np.argmax(np.where(np.isfinite(peaks), peaks, -1.0))), peaks.shape[1])
     name = view.names("act_abs_max")[column]
     step = int(view.rows("act_abs_max")[0][place])
     return [

@@ -84,7 +84,7 @@ def harm(view: View, step: int) -> float:
 
 def _spikes(view: View, kind: str, name: str, ratio: float, what: str) -> list[Finding]:
     steps, values = view.scalar(name)
-    if kind == "loss_spike" and len(values) and np.nanmin(values) <= 0:
+    if kind == "loss_spike" and series.smallest(values) <= 0:
         return []  # a loss below 0 has no logarithm and no multiple
     found = series.spikes(values, window=WINDOW, least=LEAST, z=SPIKE_Z, ratio=ratio)
     if not found:

@@ -50,12 +50,12 @@ def dead_relu(record: Record) -> list[Finding]:
         return []
     names = view.names("act_dead")
     worst = bad[0]
-    all_dead = np.nanmin(recent[:, worst]) >= DEAD_ALONE
+    all_dead = series.smallest(recent[:, worst]) >= DEAD_ALONE
     is_bad = health(view).is_bad
     severity: Severity = ("error" if is_bad else "warning") if all_dead else ("warning" if is_bad else "info")
     bad.sort(key=lambda column: _order(view, names[column]))
     if all_dead:
-        bad = [column for column in bad if np.nanmin(recent[:, column]) >= DEAD_ALONE]
+        bad = [column for column in bad if series.smallest(recent[:, column]) >= DEAD_ALONE]
     column = bad[0]
     onset = int(steps[np.flatnonzero(rows[:, column] >= DEAD)[0]])
     share = float(medians[column])

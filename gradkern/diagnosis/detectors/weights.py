@@ -56,7 +56,7 @@ def weights_growing(record: Record) -> list[Finding]:
             continue
         at, logs = steps[kept].astype(np.float64), series.log10(norms[kept])
         size = math.sqrt(max(parameter.numel, 1))
-        growth, rms = 10.0 ** (logs[-1] - logs[0]), 10.0 ** logs[-1] / size
+        growth, rms = series.power10(logs[-1] - logs[0]), series.power10(logs[-1]) / size
         if growth < GROWN or rms < GROWN_RMS:
             continue
         half = len(logs) // 2
@@ -150,7 +150,7 @@ def update_ratio_low(record: Record) -> list[Finding]:
         return []
     flat = health(view).flat
     limit = RATIO_SLOW if flat else RATIO_LOW
-    highest = float(np.nanmax(medians))
+    highest = series.largest(medians)
     if highest >= limit:
         return []
     lr_steps, lrs = view.scalar("lr")

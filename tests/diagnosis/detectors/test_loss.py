@@ -87,13 +87,18 @@ def test_a_flat_loss_has_no_traction() -> None:
 
 
 def test_a_loss_at_ln_10_with_ten_outputs_is_that_of_a_guess() -> None:
-    finding = only(no_traction(record_of(loss=flat(200, math.log(10)), meta=CLASSIFIER)))
+    finding = only(no_traction(record_of(loss=flat(1200, math.log(10)), meta=CLASSIFIER)))
     assert finding.severity == "warning"
     assert "guessed among 10 classes" in finding.sentence
 
 
+def test_a_plateau_of_some_hundred_steps_is_information() -> None:
+    record = record_of(loss=flat(400, math.log(10)), meta=CLASSIFIER)
+    assert only(no_traction(record)).severity == "info"
+
+
 def test_a_run_that_fell_to_the_level_of_a_guess_has_no_traction_either() -> None:
-    losses = falling(100, start=300.0, end=2.4) + flat(200, math.log(10))
+    losses = falling(300, start=300.0, end=2.4) + flat(900, math.log(10))
     assert only(no_traction(record_of(loss=losses, meta=CLASSIFIER))).severity == "warning"
 
 

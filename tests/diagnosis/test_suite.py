@@ -1,0 +1,90 @@
+"""The labelled suite: what is said about small training runs whose fault is known, or that have none."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from gradkern.diagnosis import diagnose
+from tests.diagnosis import intervals, table
+from tests.diagnosis.judge import run_case
+from tests.diagnosis.runs import record_run
+from tests.diagnosis.suite import CASES, make
+
+QUICK = [name for name, case in CASES.items() if case.split == "tune" and not case.slow]
+PAIRS = [(case.twin, name) for name, case in CASES.items() if case.twin]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", QUICK)
+def test_a_run_is_judged_as_it_is_labelled(name: str) -> None:
+    verdict = run_case(name, 0)
+    assert verdict.is_as_labelled
+    assert verdict.is_right, str(verdict.diagnosis)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("broken", "repaired"), PAIRS)
+def test_a_fix_of_the_article_turns_an_alarm_into_silence(broken: str, repaired: str) -> None:
+    assert run_case(broken, 1).alarms > 0
+    assert run_case(repaired, 1).alarms == 0
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_clip_that_is_advised_repairs_the_regression_of_the_article() -> None:
+    name = "exploding_unscaled_targets"
+    broken = diagnose(record_run(make(name, 3)))
+    assert "exploding_gradient" in {finding.kind for finding in broken.alarms}
+    assert broken.began["layer"] is not None
+    (advice,) = [entry for entry in broken.advice if entry.title.startswith("Clip at")]
+    threshold = re.search(r"clip_\(model\.named_parameters\(\), max_norm=([\d.e+-]+)\)", advice.line)
+    assert threshold is not None
+    setup = make(name, 3)
+    setup.clip, setup.steps = float(threshold[1]), 600
+    repaired = record_run(setup)
+    _, losses = repaired.scalar("loss")
+    assert losses[-50:].mean() < 0.5 * losses[:10].mean()
+    assert diagnose(repaired).is_healthy, str(diagnose(repaired))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_same_seed_makes_the_same_run() -> None:
+    first, second = (record_run(make("healthy_mlp_adam", 5)).scalar("loss")[1] for _ in range(2))
+    assert first.tolist() == second.tolist()
+
+
+def test_both_halves_hold_faults_and_healthy_runs() -> None:
+    for split in ("tune", "held"):
+        kinds = [case.is_healthy for case in CASES.values() if case.split == split]
+        assert min(sum(kinds), len(kinds) - sum(kinds)) >= 20
+
+
+def test_at_least_three_healthy_runs_are_20000_steps_long() -> None:
+    assert sum(case.is_healthy and make(name, 0).steps == 20_000 for name, case in CASES.items()) >= 3
+
+
+# Clopper and Pearson 1934, and tables of the Poisson distribution.
+
+
+@pytest.mark.parametrize(
+    ("hits", "total", "low", "high"),
+    [(0, 10, 0.0, 0.3085), (5, 10, 0.1871, 0.8129), (10, 10, 0.6915, 1.0), (1, 100, 0.000253, 0.05446)],
+)
+def test_intervals_of_shares_are_those_of_the_tables(hits: int, total: int, low: float, high: float) -> None:
+    assert intervals.share(hits, total) == pytest.approx((low, high), abs=5e-5)
+
+
+@pytest.mark.parametrize(("events", "low", "high"), [(0, 0.0, 3.689), (1, 0.0253, 5.572), (10, 4.795, 18.39)])
+def test_intervals_of_rates_are_those_of_the_tables(events: int, low: float, high: float) -> None:
+    assert intervals.rate(events, 1.0) == pytest.approx((low, high), abs=5e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_on_runs_that_nobody_tuned_on_the_table_holds() -> None:
+    outcomes = table.collect(healthy_seeds=2, fault_seeds=2, long_seeds=1, splits=("held", "tune"))
+    faults = [outcome for outcome in outcomes if not outcome.is_healthy]
+    healthy = [outcome for outcome in outcomes if outcome.is_healthy and outcome.is_as_labelled]
+    assert sum(outcome.is_right for outcome in faults) >= RIGHT * len(faults), table.markdown(outcomes)
+    assert sum(outcome.alarms > 0 for outcome in healthy) <= DISTURBED * len(healthy), table.markdown(outcomes)

@@ -179,16 +179,19 @@ double measure_sum_sq(at::TensorList grads) {
 }
 
 int64_t read_pass(const at::Tensor& tensor) {
-  const uint64_t* const words = static_cast<const uint64_t*>(tensor.const_data_ptr());
-  const int64_t lines = static_cast<int64_t>(tensor.nbytes()) / 64;
+  typedef uint64_t Line __attribute__((vector_size(64), aligned(8)));
+  constexpr int64_t kPieceLines = 1 << 12;
+  const Line* const lines = static_cast<const Line*>(tensor.const_data_ptr());
+  const int64_t count = static_cast<int64_t>(tensor.nbytes()) / 64;
   std::atomic<uint64_t> mixed{0};
-  at::parallel_for(0, lines, 1 << 12, [&](int64_t begin, int64_t end) {
-    uint64_t mix[8] = {};
-    for (int64_t line = begin; line < end; ++line) {
-      __builtin_prefetch(words + 8 * line + 512);
-      for (int i = 0; i < 8; ++i) mix[i] ^= words[8 * line + i];
+  for_ranges((count + kPieceLines - 1) / kPieceLines, tensor.numel(), [&](int64_t begin, int64_t end) {
+    Line mix[2] = {};
+    const int64_t last = std::min(end * kPieceLines, count);
+    for (int64_t i = begin * kPieceLines; i < last; ++i) {
+      __builtin_prefetch(lines + i + 64);
+      mix[i % 2] ^= lines[i];
     }
-    for (const uint64_t word : mix) mixed ^= word;
+    for (int word = 0; word < 8; ++word) mixed ^= mix[0][word] ^ mix[1][word];
   });
   return static_cast<int64_t>(mixed.load());
 }

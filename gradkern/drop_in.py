@@ -156,6 +156,13 @@ def clip_grads_with_norm_(
     if limit == math.inf and limit_tensor is None:
         gradients.collect(writes=False)
         return
+    if total_norm.device.type == "meta" and not all(
+        grad.device.type == "meta" for grad in gradients.collect(writes=True)
+    ):
+        raise ValueError(
+            f"{function}: total_norm is on the meta device, which holds no value, while the gradients have "
+            "some. Pass the norm that get_total_norm returns for these gradients."
+        )
     device = "cpu" if total_norm.device.type == "mps" else total_norm.device
     norm = total_norm.detach().to(device=device, dtype=torch.float64)
     gradients.apply_(None, reference.coefficient(norm, limit, limit_tensor, _EPS), math.inf, "propagate")

@@ -135,6 +135,9 @@ def clip_(
     """As `reference.clip_`. The norm is that of all gradients, wherever they are."""
     groups = _groups(grads)
     if len(groups) == 1:
+        # The operators take a limit on the host or beside the gradients. To the host it has to be waited for.
+        if limit is not None and limit.device.type != "cpu":
+            limit = limit.to(_device_of_rows(grads[0]))
         if groups[0][0]:
             clipped: Clipped = torch.ops.gradkern.clip_(grads, max_norm, limit, eps, clip_value, nonfinite)
             return clipped
@@ -157,9 +160,11 @@ def apply_(
             part_rows = None if rows is None else _picked(rows, indices)
             part_coef = coef if coef.dim() == 0 else _picked(coef, indices)
         device = _device_of_rows(part[0])
-        part_rows = None if part_rows is None else part_rows.to(device)
+        there = device.type != "cpu"  # where nothing has to wait for what comes
+        part_rows = None if part_rows is None else part_rows.to(device, non_blocking=there)
+        part_coef = part_coef.to(device, non_blocking=there)
         apply = torch.ops.gradkern.apply_ if has_kernel else reference.apply_
-        apply(part, part_rows, part_coef.to(device), clip_value, nonfinite)
+        apply(part, part_rows, part_coef, clip_value, nonfinite)
 
 
 def unit_sums(tensors: Sequence[Tensor]) -> Tensor:

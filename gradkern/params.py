@@ -188,6 +188,11 @@ def norm_limit_of(function: str, value: object) -> tuple[float, Tensor | None]:
         raise ValueError(
             f"{function}: max_norm must be a number or a real 0-dim tensor, got {describe(value)}."
         )
+    if value.device.type == "meta":
+        raise ValueError(
+            f"{function}: max_norm is on the meta device, which holds no value. Pass a number, or a tensor "
+            "that was made outside of torch.device('meta')."
+        )
     if torch.compiler.is_compiling() or value.device.type != "cpu" or _is_wrapper(value):
         return math.inf, value
     return limit_of(function, "max_norm", value.detach()), None

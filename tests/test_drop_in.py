@@ -384,6 +384,12 @@ NO_LIMIT = "Pass a number from 0 up; float('inf') sets no limit."
             "clip_grads_with_norm_: total_norm must be a number or a real 0-dim tensor, got float32 [2], "
             "cpu.",
         ),
+        (
+            lambda p: gradkern.clip_grads_with_norm_(p, 1.0, torch.tensor(9.0, device="meta")),
+            ValueError,
+            "clip_grads_with_norm_: total_norm is on the meta device, which holds no value, while the "
+            "gradients have some. Pass the norm that get_total_norm returns for these gradients.",
+        ),
     ],
 )
 def test_a_wrong_argument_is_refused_and_nothing_is_written(

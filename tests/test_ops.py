@@ -12,7 +12,9 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import gradkern
 from gradkern import ops, reference
@@ -236,6 +238,13 @@ def test_without_rows_too_a_coefficient_of_1_writes_nothing(backend: Backend) ->
     assert grad._version == version
 
 
+def test_an_empty_gradient_is_never_counted_as_written(backend: Backend) -> None:
+    grads = [torch.zeros(0), torch.ones(2)]
+    for coef in (0.5, NAN):
+        backend.apply_(grads, None, float64(coef), 0.25, "zero")
+    assert [grad._version for grad in grads] == [0, 2]
+
+
 def test_each_gradient_has_its_own_coefficient(backend: Backend) -> None:
     grads = [torch.full((3,), 8.0), torch.full((2,), 8.0), torch.full((1,), 8.0)]
     versions = [grad._version for grad in grads]
@@ -368,6 +377,34 @@ def test_operators_run_on_fake_tensors_without_a_kernel(native: Backend) -> None
         ((5,), torch.float64, "cpu"),
         ((), torch.float64, "cpu"),
     ]
+
+
+def test_a_limit_from_another_device_is_brought_to_the_gradients(native: Backend) -> None:
+    seen = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(
+            self, func: OpOverload, types: object, args: tuple = (), kwargs: dict | None = None
+        ) -> object:
+            if func is torch.ops.gradkern.clip_.default:
+                seen.append(args[2].device.type)
+            return func(*args, **(kwargs or {}))
+
+    with FakeTensorMode():
+        grad, limit = torch.empty(4), torch.empty((), device="cuda")
+        with Watch():
+            ops.clip_([grad], INF, limit, 0.0, INF, "keep")
+    assert seen == ["cpu"]
+
+
+def test_numbers_from_another_device_are_left_to_python(native: Backend) -> None:
+    """The dispatcher would choose that device's kernel; for meta tensors one that does nothing."""
+    grad, number = torch.ones(3), torch.ones((), dtype=torch.float64, device="meta")
+    rows = torch.ones(1, 5, dtype=torch.float64, device="meta")
+    assert ops.native.clip_([grad], INF, number, 0.0, INF, "keep", True) is None
+    assert not ops.native.apply_([grad], None, number, 0.25, "keep", True)
+    assert not ops.native.apply_([grad], rows, float64(1.0), 0.25, "keep", True)
+    assert (grad.tolist(), grad._version) == ([1.0] * 3, 0)
 
 
 @pytest.mark.parametrize(("device", "rows_device"), [("cuda", "cuda"), ("xpu", "xpu"), ("mps", "cpu")])

@@ -356,6 +356,12 @@ NO_LIMIT = "Pass a number from 0 up; float('inf') sets no limit."
             ValueError,
             "clip_: max_norm must be a number or a real 0-dim tensor, got float32 [2], cpu.",
         ),
+        (
+            {"max_norm": torch.tensor(1.0, device="meta")},
+            ValueError,
+            "clip_: max_norm is on the meta device, which holds no value. Pass a number, or a tensor that "
+            "was made outside of torch.device('meta').",
+        ),
         ({"max_norm": "much"}, TypeError, "clip_: max_norm must be a number, got 'much'."),
         ({"max_norm": nn.ReLU()}, TypeError, "clip_: max_norm must be a number, got ReLU()."),
         ({"max_norm": model()}, TypeError, "clip_: max_norm must be a number, got Sequential."),

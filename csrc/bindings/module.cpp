@@ -108,6 +108,12 @@ struct Walked {
   }
 };
 
+/// Whether an operator can take `number` beside the gradients. The dispatcher looks at all of its arguments:
+/// one from another device would choose that device's kernel, a meta tensor the one that computes nothing.
+bool is_beside(const at::Tensor& number, const Walked& walked) {
+  return number.device() == walked.grads[0].device();
+}
+
 /// Calls `op` below autograd, and without the interpreter's lock where that is worth its price. On CUDA it is
 /// a must: the launch code has a lock of its own, and torch's allocator may want the interpreter's inside it.
 template <class Op>
@@ -130,6 +136,7 @@ py::object clip_items_(const py::list& items, double max_norm, const std::option
                        double eps, double clip_value, const std::string& nonfinite, bool items_are_grads) {
   Walked walked;
   if (!walked.walk(items, items_are_grads)) return py::none();
+  if (limit.has_value() && !limit->is_cpu() && !is_beside(*limit, walked)) return py::none();
   auto [rows, total, coef] =
       call(walked, [&] { return clip_(walked.grads, max_norm, limit, eps, clip_value, nonfinite); });
   return py::make_tuple(std::move(rows), std::move(total), std::move(coef), walked.present_or_none(items));
@@ -140,6 +147,7 @@ bool apply_items_(const py::list& items, const std::optional<at::Tensor>& rows, 
                   double clip_value, const std::string& nonfinite, bool items_are_grads) {
   Walked walked;
   if (!walked.walk(items, items_are_grads)) return false;
+  if (!is_beside(coef, walked) || (rows.has_value() && !is_beside(*rows, walked))) return false;
   call(walked, [&] { apply_(walked.grads, rows, coef, clip_value, nonfinite); });
   return true;
 }

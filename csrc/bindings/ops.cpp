@@ -55,7 +55,7 @@ void apply_work(at::TensorList grads, const Work& work, const Stats* rows, std::
   for (size_t i = actions.size(); i-- > 0;) {
     Stats unknown;
     unknown.abs_max = unknown.nan_count = unknown.inf_count = INFINITY;
-    if (!changes(actions[i], rows != nullptr ? rows[i] : unknown)) continue;
+    if (work.spans[i].numel == 0 || !changes(actions[i], rows != nullptr ? rows[i] : unknown)) continue;
     // Where every element is finite the three words mean the same, and this one needs no test.
     if (rows != nullptr && all_finite(rows[i])) actions[i].nonfinite = NonFinite::kPropagate;
     written[i] = true;

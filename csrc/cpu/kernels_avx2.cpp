@@ -5,8 +5,6 @@
 #include "denormals.h"
 #include "lanes_avx2.h"
 
-#define GRADKERN_ISA avx2
-
 namespace gradkern::cpu {
 namespace avx2 {
 #include "kernels.inl"

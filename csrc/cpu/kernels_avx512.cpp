@@ -5,8 +5,6 @@
 #include "denormals.h"
 #include "lanes_avx512.h"
 
-#define GRADKERN_ISA avx512
-
 namespace gradkern::cpu {
 namespace avx512 {
 #include "kernels.inl"

@@ -5,8 +5,6 @@
 #include "denormals.h"
 #include "lanes_portable.h"
 
-#define GRADKERN_ISA portable
-
 namespace gradkern::cpu {
 namespace portable {
 #include "kernels.inl"

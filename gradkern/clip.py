@@ -131,6 +131,7 @@ def measure_grads(named_grads: Grads) -> GradStats:
 
 def raise_nonfinite(function: str, stats: GradStats, remedy: str) -> None:
     """Raise `NonFiniteGradientError`, naming the worst gradients, if there are any. Waits for the device."""
+    stats.require_values(function)
     if bool(stats.is_finite):
         return
     counts = [

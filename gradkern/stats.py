@@ -131,7 +131,7 @@ class Stats:
     __lt__ = __le__ = __gt__ = __ge__ = _refuse
     __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = __rtruediv__ = _refuse
     __floordiv__ = __rfloordiv__ = __mod__ = __rmod__ = __pow__ = __rpow__ = _refuse
-    __neg__ = __pos__ = __abs__ = __round__ = __trunc__ = __floor__ = __ceil__ = _refuse
+    __neg__ = __pos__ = __abs__ = __int__ = __round__ = __trunc__ = __floor__ = __ceil__ = _refuse
 
     def __eq__(self, other: object) -> bool:
         if isinstance(other, (int, float, Tensor)):
@@ -288,13 +288,17 @@ class GradStats(Stats):
         coef = "" if self._coef is None else f", coef={least(self._coef).item():.4g}"
         return f"GradStats({_summary(self._read(self.data))}{coef}, {tensors})"
 
-    def _read(self, data: Tensor) -> list[float]:
-        if data.is_meta:
+    def require_values(self, function: str = "GradStats") -> None:
+        """Raise, naming a gradient, if there are no values behind the statistics: on the meta device."""
+        if self.data.is_meta:
             raise RuntimeError(
-                f"GradStats: the gradient of '{self._names[0]}' is on the meta device, which holds no "
+                f"{function}: the gradient of '{self._names[0]}' is on the meta device, which holds no "
                 "values, so there is no number to read.\nMaterialise the module first, for example with "
                 "module.to_empty(device=...)."
             )
+
+    def _read(self, data: Tensor) -> list[float]:
+        self.require_values()
         return super()._read(data)
 
     def _read_rows(self) -> list[list[float]]:

@@ -546,6 +546,16 @@ def test_meta_gradients_are_clipped_without_values(nonfinite: str, backend: Back
     assert (stats.names, stats.per_tensor.norm.shape) == (["weight", "bias"], (2,))
 
 
+def test_raise_says_which_meta_gradient_cannot_be_looked_at(backend: Backend) -> None:
+    (parameter,) = parameters([torch.ones(3, device="meta")])
+    with pytest.raises(RuntimeError) as caught:
+        gradkern.clip_({"w": parameter}, 1.0, nonfinite="raise")
+    assert str(caught.value) == (
+        "clip_: the gradient of 'w' is on the meta device, which holds no values, so there is no number to "
+        "read.\nMaterialise the module first, for example with module.to_empty(device=...)."
+    )
+
+
 LIMITS: dict[str, dict[str, object]] = {
     "norm": {"max_norm": 1.0},
     "value": {"clip_value": 0.01},

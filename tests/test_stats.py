@@ -168,6 +168,7 @@ REFUSED: dict[str, Callable[[GradStats], object]] = {
     "-": lambda stats: -stats,
     "abs": lambda stats: abs(stats),
     "round": lambda stats: round(stats, 3),
+    "int": lambda stats: int(stats),
     "max": lambda stats: max(stats, 1.0),
     "tensor <": lambda stats: torch.ones(()) < stats,
 }

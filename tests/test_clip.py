@@ -384,19 +384,6 @@ def test_measuring_never_writes(backend: Backend) -> None:
     assert [grad._version for grad in grads] == [0, 0]
 
 
-def test_the_example_of_the_readme_prints_what_it_says(
-    backend: Backend, capsys: pytest.CaptureFixture[str]
-) -> None:
-    network = nn.Linear(2, 1)
-    network(torch.ones(4, 2)).sum().backward()
-    stats = gradkern.clip_(network.parameters(), 1.0)
-    print(f"{stats:.3f}", stats.coef, stats.worst(3))
-    assert capsys.readouterr().out == (
-        "6.928 tensor(0.1443, dtype=torch.float64) "
-        "[('parameters[0]', 5.656854249492381), ('parameters[1]', 4.0)]\n"
-    )
-
-
 # NaN and Inf as an error.
 
 

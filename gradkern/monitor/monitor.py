@@ -800,9 +800,16 @@ class Monitor:
         """Put what has been settled into the record, and into the file."""
         block, self._block = self._block, []
         self._flushed_at = time.perf_counter()
+        columns: dict[str, tuple[list[int], list[float]]] = {}
         for step in block:
-            for recorder in self._recorders:
-                recorder.put_scalars(step.number, step.scalars)
+            if self._writer is not None:
+                self._writer.put_scalars(step.number, step.scalars)
+            for name, value in step.scalars.items():
+                numbers, values = columns.setdefault(name, ([], []))
+                numbers.append(step.number)
+                values.append(value)
+        for name, (numbers, values) in columns.items():
+            self._record.put_scalar_block(name, np.array(numbers), np.array(values, np.float64))
         with_rows = [step for step in block if step.rows is not None]
         if with_rows:
             self._put_gradients(with_rows)
@@ -824,10 +831,13 @@ class Monitor:
                     if len(kept) == len(step.columns)
                     else step.rows[[row for row, column in enumerate(step.columns) if column >= 0]]
                 )
-        norms = np.sqrt(rows[:, :, 0])
+        numbers = np.array([step.number for step in steps])
+        table = np.stack([np.sqrt(rows[:, :, 0]), rows[:, :, 1]])
+        for kind, values in zip(_GRAD_ROWS, table, strict=True):
+            self._record.put_row_block(kind, numbers, values)
         for place, step in enumerate(steps):
-            self._put("grad_norm", step.number, norms[place])
-            self._put("grad_abs_max", step.number, rows[place, :, 1])
+            if self._writer is not None:
+                self._writer.put_table(_GRAD_ROWS, step.number, table[:, place])
             # Counts are kept where there are any; the share of zeros is looked at as often as the weights.
             if step.scalars["nonfinite_count"] > 0:
                 self._put("grad_nan", step.number, rows[place, :, 2])

@@ -52,6 +52,19 @@ class _Series:
         self._end += 1
         self._begin = max(self._begin, self._end - self._limit)
 
+    def extend(self, steps: Steps, values: npt.NDArray[Any]) -> None:
+        """Append values of growing steps, all after `last`."""
+        # More than the limit would be forgotten at once.
+        steps, values = steps[-self._limit :], values[-self._limit :]
+        if self._end + len(steps) > len(self._steps):
+            kept = self._end - self._begin
+            self._move(min(max(2 * (kept + len(steps)), 16), 2 * self._limit + len(steps)))
+        end = self._end + len(steps)
+        self._steps[self._end : end] = steps
+        self._values[self._end : end] = values
+        self._end = end
+        self._begin = max(self._begin, self._end - self._limit)
+
     def cut(self, step: int) -> None:
         """Forget `step` and what comes after it."""
         end = self._begin + int(np.searchsorted(self._steps[self._begin : self._end], step))
@@ -124,6 +137,27 @@ class MemoryRecord:
             if name not in self._scalars:
                 self._scalars[name] = _Series((), np.float64, self._max_steps)
             self._append(self._scalars[name], step, float(value))
+
+    def put_scalar_block(self, name: str, steps: Steps, values: Values) -> None:
+        """`put_scalars` for many steps at once: `values` ``[k]`` of one scalar at growing `steps` ``[k]``."""
+        if name not in self._scalars:
+            self._scalars[name] = _Series((), np.float64, self._max_steps)
+        series = self._scalars[name]
+        if len(steps) and steps[0] > series.last:
+            series.extend(steps, values)
+        else:
+            for step, value in zip(steps.tolist(), values.tolist(), strict=True):
+                self._append(series, step, value)
+
+    def put_row_block(self, kind: str, steps: Steps, values: npt.NDArray[Any]) -> None:
+        """`put_rows` for many steps at once: growing `steps` ``[k]``, `values` ``[k, n]``."""
+        series = self._named("put_row_block", kind)
+        is_plain = len(self._names[kind]) == values.shape[1] == self._written[kind]
+        if is_plain and len(steps) and steps[0] > series.last:
+            series.extend(steps, as_row(kind, values.ravel(), values.size).reshape(values.shape))
+        else:
+            for step, row in zip(steps.tolist(), values, strict=True):
+                self.put_rows(kind, step, row)
 
     def put_rows(self, kind: str, step: int, values: npt.ArrayLike) -> None:
         """See `Recorder.put_rows`."""

@@ -81,3 +81,32 @@ def test_of_very_many_events_the_first_and_the_latest_are_kept() -> None:
 def test_a_limit_that_is_not_positive_is_refused() -> None:
     with pytest.raises(ValueError, match=r"MemoryRecord: max_rows must be positive, got 0\."):
         MemoryRecord(max_rows=0)
+
+
+@pytest.mark.parametrize("limit", [5, 100])
+def test_a_block_is_the_same_as_its_steps_one_by_one(limit: int) -> None:
+    alone, at_once = (MemoryRecord(max_steps=limit, max_rows=limit) for _ in range(2))
+    rng = np.random.default_rng(0)
+    for record in (alone, at_once):
+        record.set_names("grad_norm", ["a", "b"])
+    step = 0
+    for size in (1, 3, 0, 9, 40, 2):
+        steps = np.arange(step, step + size)
+        losses, rows = rng.normal(size=size), 1e40 * rng.normal(size=(size, 2))
+        at_once.put_scalar_block("loss", steps, losses)
+        at_once.put_row_block("grad_norm", steps, rows)
+        for number, loss, row in zip(steps.tolist(), losses, rows, strict=True):
+            alone.put_scalars(number, {"loss": loss})
+            alone.put_rows("grad_norm", number, row)
+        step += size
+    # A step back takes what came after it out of both.
+    at_once.put_scalar_block("loss", np.array([20, 21]), np.array([1.0, 2.0]))
+    alone.put_scalars(20, {"loss": 1.0})
+    alone.put_scalars(21, {"loss": 2.0})
+    for one, other in (
+        (alone.scalar("loss"), at_once.scalar("loss")),
+        (alone.rows("grad_norm"), at_once.rows("grad_norm")),
+    ):
+        assert np.array_equal(one[0], other[0])
+        assert np.array_equal(one[1], other[1])
+    assert alone.events == at_once.events

@@ -46,11 +46,13 @@ EXCURSION: Final = 2.0
 LEAST_EXCURSIONS: Final = 3
 EXCURSION_SHARE: Final = 0.02
 
-# A flat loss is one whose improvement is below 5 % of its level with two standard errors to spare, after 100
+# A flat loss is one whose improvement is below 5 % of its level with three standard errors to spare, after 100
 # steps. One that has been at the level of a guess for half of the run is flat too, wherever it began.
 FLAT_SHARE: Final = 0.05
-FLAT_SIGMAS: Final = 2.0
+FLAT_SIGMAS: Final = 3.0
 FLAT_LEAST: Final = 100
+# Nor is it flat if it has come down by 1 % for certain: that is slow, and slow runs get there.
+FLAT_LEAST_GAIN: Final = 0.01
 
 # A loss within 2 % of ln(classes) is that of a guess.
 CHANCE: Final = 0.02
@@ -221,7 +223,8 @@ def _is_flat(losses: Floats, level: float, jumped: bool) -> bool:
         if improvement - error >= limit:
             return False
         if 2 * length > len(losses) // 2:
-            return improvement + FLAT_SIGMAS * error < limit
+            is_moving = improvement > max(FLAT_SIGMAS * error, FLAT_LEAST_GAIN * abs(level))
+            return improvement + FLAT_SIGMAS * error < limit and not is_moving
         length *= 2
 
 

@@ -87,4 +87,6 @@ def test_on_runs_that_nobody_tuned_on_the_table_holds() -> None:
     faults = [outcome for outcome in outcomes if not outcome.is_healthy]
     healthy = [outcome for outcome in outcomes if outcome.is_healthy and outcome.is_as_labelled]
     assert sum(outcome.is_right for outcome in faults) >= RIGHT * len(faults), table.markdown(outcomes)
-    assert sum(outcome.alarms > 0 for outcome in healthy) <= DISTURBED * len(healthy), table.markdown(outcomes)
+    assert sum(outcome.alarms > 0 for outcome in healthy) <= DISTURBED * len(healthy), table.markdown(
+        outcomes
+    )

@@ -15,9 +15,12 @@ from benchmarks.cases import CASES, Case, Rivals, Setting
 from benchmarks.machine import Buffer, Machine
 from benchmarks.measure import Effort, in_turn
 from benchmarks.results import Results, Row
+from benchmarks.training import TRAINING_CASES
 
 # What a row may take: the whole table in less than four minutes on two cores.
 SECONDS, QUICK_SECONDS = 5.0, 1.0
+
+ROWS = [*CASES, *TRAINING_CASES]
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -26,7 +29,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         prog="python -m benchmarks",
         description="Measure gradkern against torch, in turn, and print a markdown table.",
     )
-    keys = [case.key for case in CASES]
+    keys = [case.key for case in ROWS]
     parser.add_argument("--quick", action="store_true", help="few rounds and no torch.compile: a first look")
     parser.add_argument("--only", nargs="+", metavar="ROW", help=f"these rows alone: {', '.join(keys)}")
     parser.add_argument("--repeat", type=int, metavar="N", help="rounds of each row (else by time)")
@@ -56,7 +59,8 @@ def measure_row(case: Case, setting: Setting, effort: Effort, facts: Machine) ->
             buffer.evict(facts.l2_bytes + facts.l3_bytes)
 
     timings = in_turn(case.contenders(gradients, setting), effort, evict)
-    return Row(case.key, case.work, len(gradients.params), gradients.numel, case.start, case.goals, timings)
+    tensors, numel = len(gradients.params), gradients.numel
+    return Row(case.key, case.group, case.work, tensors, numel, case.start, case.goals, timings)
 
 
 def run(options: argparse.Namespace) -> Results:
@@ -77,7 +81,7 @@ def run(options: argparse.Namespace) -> Results:
     say("bandwidths")
     bandwidths = buffer.measure_bandwidths(Effort(min(effort.seconds, 3.0), rounds=options.repeat))
     rows = []
-    for case in CASES:
+    for case in ROWS:
         if not options.only or case.key in options.only:
             say(case.key)
             rows.append(measure_row(case, Setting(buffer, frozenset(chosen)), effort, facts))

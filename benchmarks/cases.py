@@ -49,6 +49,7 @@ class Case:
     `start` says where the gradients are when a call begins: in "memory", since there are more of them than
     any cache holds; in "caches", as the contender before has left them; or "flushed": small enough for a
     cache, but all caches are filled with something else before every call.
+    `tiny` are the shapes for tests, where the first few cut down would not do. `group` is the table's part.
     """
 
     key: str
@@ -61,11 +62,15 @@ class Case:
     zeros: float = 0.0
     start: Literal["memory", "caches", "flushed"] = "caches"
     rivals: frozenset[Rivals] = frozenset()
+    tiny: Callable[[], Shapes] | None = None
+    group: str = "one process's gradients"
 
     def gradients(self, *, tiny: bool = False) -> Gradients:
         """The gradients of this row; if `tiny` only a few, of a few elements each."""
         found = self.shapes()
-        return Gradients(shapes.shrunk(found) if tiny else found, self.dtype, self.norm, self.zeros)
+        if tiny:
+            found = shapes.shrunk(found) if self.tiny is None else self.tiny()
+        return Gradients(found, self.dtype, self.norm, self.zeros)
 
     def contenders(self, gradients: Gradients, setting: Setting) -> list[Contender]:
         """Who does the work."""

@@ -7,11 +7,21 @@ import random
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 # Who a contender is. A goal names one of these: the fastest of that kind is what gradkern is held against.
-KINDS = ("gradkern", "torch", "compiled", "optax", "ceiling", "norm only")
+KINDS = (
+    "gradkern",
+    "torch",
+    "compiled",
+    "optax",
+    "ceiling",
+    "norm only",
+    "measuring",
+    "GlobalNorm",
+    "GlobalNorm attached",
+)
 
 
 def _nothing() -> None:
@@ -25,6 +35,7 @@ class Contender:
     `call` alone is timed. `before` runs untimed before every call, `check` untimed after it: it gets what
     `call` returned and whether to look at every element (on the first call) or at a sample, raises
     `WrongResult`, and returns the relative error of the norm (None if the work has no norm).
+    `period`: after how many rounds the work repeats, where it is not the same in each.
     """
 
     kind: str
@@ -32,6 +43,7 @@ class Contender:
     call: Callable[[], Any]
     check: Callable[[Any, bool], float | None]
     before: Callable[[], None] = _nothing
+    period: int = 1
 
 
 @dataclass
@@ -42,11 +54,13 @@ class Timing:
     name: str
     times_ms: list[float] = field(default_factory=list)
     norm_error: float | None = None
+    period: int = 1
 
     @property
     def median_ms(self) -> float:
-        """Half of the rounds took longer."""
-        return statistics.median(self.times_ms)
+        """Half of the rounds took longer; if not all do the same work, the mean of the works' medians."""
+        works = [self.times_ms[first :: self.period] for first in range(self.period)]
+        return statistics.fmean(statistics.median(times) for times in works if times)
 
     @property
     def quartiles_ms(self) -> tuple[float, float]:
@@ -89,7 +103,8 @@ def in_turn(contenders: Sequence[Contender], effort: Effort, evict: Callable[[],
     Args:
         evict: runs untimed before every call, after the contender's own `before`.
     """
-    timings = [Timing(contender.kind, contender.name) for contender in contenders]
+    timings = [Timing(contender.kind, contender.name, period=contender.period) for contender in contenders]
+    effort = replace(effort, least=max(effort.least, *(contender.period for contender in contenders)))
     for contender, timing in zip(contenders, timings, strict=True):
         contender.before()
         timing.norm_error = contender.check(contender.call(), True)

@@ -26,7 +26,7 @@ def draw(results: Results, path: Path) -> None:
         (row, goal, ratio)
         for row in results.rows
         for goal in row.goals
-        if goal.against == "torch" and (ratio := row.ratio(goal)) is not None
+        if goal.against == "torch" and goal.form == "speedup" and (ratio := row.ratio(goal)) is not None
     ]
     if not shown:
         raise ValueError("draw: no row of these results is measured against torch.")
@@ -48,7 +48,7 @@ def draw(results: Results, path: Path) -> None:
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.xaxis.set_major_formatter("{x:g}×")
     axes.xaxis.set_minor_formatter("")
-    axes.set_yticks(places, [_title(row) for row, *_ in shown])
+    axes.set_yticks(places, [_title(row, goal) for row, goal, _ in shown])
     axes.set_ylim(len(shown) - 0.4, -0.6)
     axes.set_xlabel(
         f"times as fast as torch's best call (logarithmic)\n{results.machine_facts.get('cpu', '')}"
@@ -80,5 +80,5 @@ def _against_torch(row: Row, kind: str) -> float | None:
     return None if torch is None or rival is None else torch.median_ms / rival.median_ms
 
 
-def _title(row: Row) -> str:
-    return f"{row.work}, flushed" if row.start == "flushed" else row.work
+def _title(row: Row, goal: Goal) -> str:
+    return f"{row.title(goal)}, flushed" if row.start == "flushed" else row.title(goal)

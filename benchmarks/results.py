@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import statistics
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -12,21 +11,24 @@ from typing import Any, Literal
 from benchmarks.measure import Timing, quartiles
 
 # "speedup": how many times as fast as the rival. "share": the same, in percent, of a ceiling. "time": at most
-# how many times as long as the rival.
-Form = Literal["speedup", "share", "time"]
+# how many times as long as the rival. "extra": at most how many microseconds longer. "each": at most how many
+# nanoseconds a tensor, whatever the rival takes.
+Form = Literal["speedup", "share", "time", "extra", "each"]
 
 
 @dataclass(frozen=True)
 class Goal:
     """What gradkern has to reach against the fastest contender of the kind `against`.
 
-    Without a floor the ratio is reported and nothing is demanded.
+    Without a floor the ratio is reported and nothing is demanded. `of` names the one of gradkern's contenders
+    that it is about, where they do different things; else it is the fastest.
     """
 
     against: str
     form: Form = "speedup"
     floor: float | None = None
     aim: float | None = None
+    of: str = ""
 
     def words(self, value: float | None) -> str:
         """A ratio, a floor or an aim as the table shows it."""
@@ -34,13 +36,23 @@ class Goal:
             return "–"
         if self.form == "share":
             return f"{value:.0%}"
+        if self.form in ("extra", "each"):
+            return f"{value:.0f} {'µs' if self.form == 'extra' else 'ns'}"
         return f"{value:.2f}×" if self.form == "time" or value < 10 else f"{value:.1f}×"
 
     def reaches(self, value: float, limit: float | None) -> bool | None:
         """Whether `value` is as good as `limit`; None if there is no limit."""
         if limit is None:
             return None
-        return value <= limit if self.form == "time" else value >= limit
+        return value >= limit if self.form in ("speedup", "share") else value <= limit
+
+    def value(self, ours_ms: float, rival_ms: float, tensors: int) -> float:
+        """What `form` says, of two times."""
+        if self.form == "extra":
+            return (ours_ms - rival_ms) * 1e3
+        if self.form == "each":
+            return ours_ms * 1e6 / tensors
+        return ours_ms / rival_ms if self.form == "time" else rival_ms / ours_ms
 
 
 @dataclass
@@ -48,6 +60,7 @@ class Row:
     """One row's work and what it took."""
 
     key: str
+    group: str
     work: str
     tensors: int
     numel: int
@@ -55,24 +68,29 @@ class Row:
     goals: tuple[Goal, ...]
     timings: list[Timing]
 
-    def fastest(self, kind: str) -> Timing | None:
-        """The contender of this kind with the smallest median."""
-        found = [timing for timing in self.timings if timing.kind == kind]
+    def fastest(self, kind: str, name: str = "") -> Timing | None:
+        """The contender of this kind with the smallest median; only among those called `name`, if given."""
+        found = [timing for timing in self.timings if timing.kind == kind and name in ("", timing.name)]
         return min(found, key=lambda timing: timing.median_ms) if found else None
 
+    def title(self, goal: Goal) -> str:
+        """The work, and whose if several of gradkern's are compared."""
+        return f"{self.work}: {goal.of}" if goal.of else self.work
+
     def ratio(self, goal: Goal) -> float | None:
-        """What `goal` is about: the ratio of the medians. None if a contender did not take part."""
-        ours, rival = self.fastest("gradkern"), self.fastest(goal.against)
+        """What `goal` is about, of the medians. None if a contender did not take part."""
+        ours, rival = self.fastest("gradkern", goal.of), self.fastest(goal.against)
         if ours is None or rival is None:
             return None
-        return _ratio(goal, ours.median_ms, rival.median_ms)
+        return goal.value(ours.median_ms, rival.median_ms, self.tensors)
 
     def ratio_quartiles(self, goal: Goal) -> tuple[float, float] | None:
         """Half of the rounds gave a ratio between these."""
-        ours, rival = self.fastest("gradkern"), self.fastest(goal.against)
+        ours, rival = self.fastest("gradkern", goal.of), self.fastest(goal.against)
         if ours is None or rival is None:
             return None
-        return quartiles([_ratio(goal, *pair) for pair in zip(ours.times_ms, rival.times_ms, strict=True)])
+        pairs = zip(ours.times_ms, rival.times_ms, strict=True)
+        return quartiles([goal.value(*pair, self.tensors) for pair in pairs])
 
     def verdict(self, goal: Goal) -> str:
         """ "aim", "floor", "missed", or "" where nothing is demanded or nothing was measured."""
@@ -87,6 +105,7 @@ class Row:
         """For the JSON file."""
         return {
             "key": self.key,
+            "group": self.group,
             "work": self.work,
             "tensors": self.tensors,
             "numel": self.numel,
@@ -97,6 +116,7 @@ class Row:
                     "form": goal.form,
                     "floor": goal.floor,
                     "aim": goal.aim,
+                    "of": goal.of,
                     "ratio": self.ratio(goal),
                     "verdict": self.verdict(goal),
                 }
@@ -106,6 +126,7 @@ class Row:
                 {
                     "kind": timing.kind,
                     "name": timing.name,
+                    "period": timing.period,
                     "median_ms": timing.median_ms,
                     "quartiles_ms": timing.quartiles_ms,
                     "norm_error": timing.norm_error,
@@ -119,13 +140,14 @@ class Row:
     def from_dict(content: dict[str, Any]) -> Row:
         """What `as_dict` was made of."""
         goals = tuple(
-            Goal(goal["against"], goal["form"], goal["floor"], goal["aim"]) for goal in content["goals"]
+            Goal(goal["against"], goal["form"], goal["floor"], goal["aim"], goal["of"])
+            for goal in content["goals"]
         )
         timings = [
-            Timing(timing["kind"], timing["name"], timing["times_ms"], timing["norm_error"])
+            Timing(*(timing[name] for name in ("kind", "name", "times_ms", "norm_error", "period")))
             for timing in content["timings"]
         ]
-        plain = {name: content[name] for name in ("key", "work", "tensors", "numel", "start")}
+        plain = {name: content[name] for name in ("key", "group", "work", "tensors", "numel", "start")}
         return Row(**plain, goals=goals, timings=timings)
 
 
@@ -163,11 +185,7 @@ class Results:
         )
 
 
-def _ratio(goal: Goal, ours_ms: float, rival_ms: float) -> float:
-    return ours_ms / rival_ms if goal.form == "time" else rival_ms / ours_ms
-
-
 def spread(timing: Timing) -> float:
     """Half the distance between the quartiles, relative to the median."""
     lower, upper = timing.quartiles_ms
-    return (upper - lower) / 2 / statistics.median(timing.times_ms)
+    return (upper - lower) / 2 / timing.median_ms

@@ -7,9 +7,13 @@ Shapes = dict[str, tuple[int, ...]]
 
 def gpt2_small() -> Shapes:
     """GPT-2 small: 148 tensors, 124 M elements."""
-    width, vocabulary, context = 768, 50257, 1024
+    return gpt(width=768, blocks=12, vocabulary=50257, context=1024)
+
+
+def gpt(width: int, blocks: int, vocabulary: int, context: int) -> Shapes:
+    """A transformer built like GPT-2; the output layer is the embedding."""
     shapes: Shapes = {"wte.weight": (vocabulary, width), "wpe.weight": (context, width)}
-    for block in range(12):
+    for block in range(blocks):
         for name, shape in {
             "ln_1": (width,),
             "attn.c_attn": (width, 3 * width),
@@ -42,9 +46,9 @@ def perceptron() -> Shapes:
     return shapes
 
 
-def many_small() -> Shapes:
-    """2000 tensors of 64 elements, 0.13 M in all: the calls cost more than the elements."""
-    return {f"layer{index}.scale": (64,) for index in range(2000)}
+def many_small(tensors: int = 2000) -> Shapes:
+    """Tensors of 64 elements, 0.13 M in all of 2000: the calls cost more than the elements."""
+    return {f"layer{index}.scale": (64,) for index in range(tensors)}
 
 
 def one(numel: int) -> Shapes:

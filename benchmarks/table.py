@@ -14,7 +14,8 @@ what it returns is compared with float64. Against torch means against the faster
 the JSON file has both. "From" says where gradients are when a call begins: in memory, since there are more
 than any cache holds; in caches, as the call before has left them; or flushed from the caches into memory. The
 ceiling is a plain read of as many bytes, and scaling them in place where gradients are clipped. All of it was
-measured in one run. Ratios on a CPU say nothing about a GPU."""
+measured in one run. A ratio in µs is how much longer gradkern takes than what it stands against; one in ns is
+its time for each tensor. Ratios on a CPU say nothing about a GPU."""
 
 
 def markdown(results: Results) -> str:
@@ -23,7 +24,7 @@ def markdown(results: Results) -> str:
     return "\n\n".join(
         [
             f"{results.machine}.\n{bandwidths[:1].upper()}{bandwidths[1:]}.",
-            _speed(results.rows),
+            *_speeds(results.rows),
             NOTES,
             "By how much the norm is off, relatively:",
             _errors(results.rows),
@@ -44,35 +45,47 @@ def summary(rows: Sequence[Row]) -> str:
     for row, goal, verdict in demanded:
         if verdict == "missed":
             found, floor = goal.words(row.ratio(goal)), goal.words(goal.floor)
-            text += f"\nMissed: {row.work}: {found} where {floor} is demanded."
+            text += f"\nMissed: {row.title(goal)}: {found} where {floor} is demanded."
     return text
+
+
+def _speeds(rows: Sequence[Row]) -> list[str]:
+    """A heading and a table for each group of rows."""
+    groups = dict.fromkeys(row.group for row in rows)
+    parts = []
+    for group in groups:
+        parts += [f"**{group}**", _speed([row for row in rows if row.group == group])]
+    return parts
 
 
 def _speed(rows: Sequence[Row]) -> str:
     header = ["work", "from", "gradkern", "against", "", "ratio", "floor", "aim", "met"]
-    header += ["torch.compile", "optax", "of the ceiling"]
+    others = {"compiled": "torch.compile", "optax": "optax"}
+    others = {kind: name for kind, name in others.items() if any(row.fastest(kind) for row in rows)}
+    has_share = any(goal.form == "share" for row in rows for goal in row.goals)
+    header += [*others.values(), *(["of the ceiling"] if has_share else [])]
     lines = []
     for row in rows:
-        # The first goal is the row's headline; a share of the ceiling has its own column.
-        goal = row.goals[0]
-        rival = row.fastest(goal.against)
-        lines.append(
-            [
-                row.work,
-                row.start,
-                _time(row, "gradkern"),
-                goal.against if rival is None else rival.name,
-                _time(row, goal.against),
-                _ratio(row, goal),
-                goal.words(goal.floor),
-                goal.words(goal.aim),
-                row.verdict(goal) or "–",
-                _time(row, "compiled"),
-                _time(row, "optax"),
-                _share(row),
-            ]
-        )
-    return _table(header, lines, right=range(2, 12))
+        for goal in row.goals:
+            if goal.form == "share":
+                continue  # it has a column of its own
+            rival = row.fastest(goal.against)
+            lines.append(
+                [
+                    row.title(goal),
+                    row.start,
+                    _time(row, "gradkern", goal.of),
+                    goal.against if rival is None else rival.name,
+                    _time(row, goal.against),
+                    _ratio(row, goal),
+                    goal.words(goal.floor),
+                    goal.words(goal.aim),
+                    row.verdict(goal) or "–",
+                    *(_time(row, kind) for kind in others),
+                    *([_share(row)] if has_share else []),
+                ]
+            )
+    return _table(header, lines, right=range(2, len(header)))
 
 
 def _errors(rows: Sequence[Row]) -> str:
@@ -86,8 +99,8 @@ def _errors(rows: Sequence[Row]) -> str:
     return _table(["work", "gradkern", "torch", "torch.compile", "optax"], lines, right=range(1, 5))
 
 
-def _time(row: Row, kind: str) -> str:
-    timing = row.fastest(kind)
+def _time(row: Row, kind: str, name: str = "") -> str:
+    timing = row.fastest(kind, name)
     return "–" if timing is None else f"{significant(timing.median_ms)} ± {spread(timing):.0%}"
 
 
@@ -96,7 +109,7 @@ def _ratio(row: Row, goal: Goal) -> str:
     if between is None:
         return "–"
     lower, upper = (goal.words(value) for value in between)
-    return f"**{goal.words(row.ratio(goal))}** ({lower.rstrip('×')}–{upper.rstrip('×')})"
+    return f"**{goal.words(row.ratio(goal))}** ({lower.rstrip(' ×µns')}–{upper.rstrip(' ×µns')})"
 
 
 def _share(row: Row) -> str:

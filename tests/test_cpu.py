@@ -83,7 +83,7 @@ def all_clips(grad: Tensor) -> list[tuple[bytes, bytes, bytes]]:
     return [clipped(grad, *limit, word) for limit, word in itertools.product(limits, words)]
 
 
-# --- right
+# Right.
 
 
 @pytest.mark.parametrize("special", [False, True])
@@ -185,7 +185,7 @@ def test_memory_beside_a_gradient_is_not_touched(dtype: torch.dtype, isa: str) -
     assert memory[217:].eq(7).all()
 
 
-# --- the same
+# The same bits.
 
 
 @pytest.mark.parametrize("special", [False, True])
@@ -236,7 +236,7 @@ def test_addresses_may_change_places_between_calls() -> None:
     assert torch.equal(rows.flip(0), shuffled)
 
 
-# --- precise
+# Precise.
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -273,7 +273,7 @@ def test_more_than_two_to_the_31_elements_are_measured_and_clipped() -> None:
     assert all(torch.equal(part, expected[: part.numel()]) for part in grad[:-1].split(2**20))
 
 
-# --- only what changes
+# Only what changes.
 
 
 def version(grad: Tensor) -> int:

@@ -5,6 +5,7 @@ import math
 import shutil
 import subprocess
 import sys
+import threading
 import types
 from pathlib import Path
 
@@ -407,6 +408,39 @@ def test_numbers_from_another_device_are_left_to_python(native: Backend) -> None
     assert (grad.tolist(), grad._version) == ([1.0] * 3, 0)
 
 
+HALF = float64(0.5)
+CALLS = {
+    "measure": lambda grad: ops.native.measure([grad], True),
+    "clip_": lambda grad: ops.native.clip_([grad], 1.0, None, 0.0, INF, "keep", True),
+    "apply_": lambda grad: ops.native.apply_([grad], None, HALF, INF, "keep", True),
+}
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_other_threads_run_while_large_gradients_are_worked_on(call: str, native: Backend) -> None:
+    grad, go, ran = torch.ones(2**20), threading.Event(), []
+
+    def wait() -> None:
+        go.wait()
+        ran.append(True)
+
+    thread = threading.Thread(target=wait)
+    interval = sys.getswitchinterval()
+    thread.start()
+    sys.setswitchinterval(3600)  # from here on the interpreter is only given away on purpose
+    try:
+        go.set()
+        for _ in range(1000):
+            CALLS[call](grad)
+            if ran:
+                break
+        found = bool(ran)
+    finally:
+        sys.setswitchinterval(interval)
+        thread.join()
+    assert found
+
+
 @pytest.mark.parametrize(("device", "rows_device"), [("cuda", "cuda"), ("xpu", "xpu"), ("mps", "cpu")])
 def test_rows_are_on_the_device_of_the_gradients_where_it_has_float64(device: str, rows_device: str) -> None:
     with FakeTensorMode():
@@ -449,6 +483,18 @@ def test_an_extension_that_does_not_fit_is_not_loaded(
         (tmp_path / "_build.json").write_text(json.dumps(record))
     monkeypatch.setattr(ops, "__file__", str(tmp_path / "ops.py"))
     assert ops._load() == (None, reason)
+
+
+def test_sources_without_a_build_say_where_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who has installed the package and tries it in the same folder imports the sources."""
+    (tmp_path / "csrc").mkdir()
+    monkeypatch.setattr(ops, "__file__", str(tmp_path / "gradkern" / "ops.py"))
+    assert ops._load() == (
+        None,
+        f"it was imported from its sources in {tmp_path}, where no extension has been built: run Python in "
+        "another folder to use the installed package, or build here with "
+        "`pip install --no-build-isolation --editable .`",
+    )
 
 
 def test_an_extension_that_fails_to_load_is_given_as_the_reason(

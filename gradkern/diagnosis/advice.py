@@ -317,6 +317,18 @@ def _structure(view: View, findings: list[Finding]) -> list[Advice]:
     found = []
     alarms = [finding for finding in findings if finding.is_alarm]
     types = {module.type for module in view.modules}
+    is_recurrent = any(parameter.role == "recurrent" for parameter in view.parameters.values())
+    unstable = {"exploding_gradient", "loss_nonfinite", "loss_diverging", "loss_unstable", "gradient_spike"}
+    if is_recurrent and not len(view.rows("time_grad_norm")[0]) and any(f.kind in unstable for f in alarms):
+        found.append(
+            Advice(
+                "Look at the time steps",
+                "print(gradkern.probe_time(step_fn, model))  # step_fn returns the loss",
+                "the network is recurrent, and how its gradients change through time was not measured",
+                "it runs one more forward and backward pass, one time step at a time",
+                0.85,
+            )
+        )
     for finding in alarms:
         axis = finding.evidence.get("axis")
         explodes = finding.kind == "exploding_gradient"

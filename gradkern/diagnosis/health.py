@@ -46,8 +46,8 @@ EXCURSION: Final = 2.0
 LEAST_EXCURSIONS: Final = 3
 EXCURSION_SHARE: Final = 0.02
 
-# A flat loss is one whose improvement is below 5 % of its level with three standard errors to spare, after 100
-# steps. One that has been at the level of a guess for half of the run is flat too, wherever it began.
+# A flat loss is one whose improvement is below 5 % of its level with three standard errors to spare, after
+# 100 steps. One that has been at the level of a guess for half of the run is flat too, wherever it began.
 FLAT_SHARE: Final = 0.05
 FLAT_SIGMAS: Final = 3.0
 FLAT_LEAST: Final = 100

@@ -314,3 +314,33 @@ def _exponents(grad: Tensor | None) -> list[int]:
     for exponent in torch.floor(torch.log2(normal)).clamp(-44, 16).to(torch.int64).tolist():
         histogram[3 + exponent + 44] += 1
     return histogram
+
+
+def monitored_run(setup: Setup, *, rows_every: int = 10) -> Record:
+    """The same as `record_run`, recorded by `gradkern.Monitor` as users would."""
+    model, optimizer = setup.model, setup.optimizer
+    monitor = gradkern.Monitor(model, optimizer, weights_every=rows_every, activations_every=rows_every)
+    record = monitor.record
+    with monitor:
+        for step in range(setup.steps):
+            x, y = setup.batch(step)
+            if setup.zero_grad:
+                optimizer.zero_grad()
+            loss = setup.loss(model, x, y)
+            scaled = setup.scaler.scale(loss) if setup.scaler else loss
+            if scaled.requires_grad:
+                scaled.backward()
+            stats = None
+            if setup.scaler:
+                setup.scaler.unscale_(optimizer)
+            if setup.clip is not None:
+                stats = gradkern.clip_(model.named_parameters(), setup.clip)
+            if setup.scaler:
+                setup.scaler.step(optimizer)
+                setup.scaler.update()
+            else:
+                optimizer.step()
+            monitor.step(loss, stats=stats, batch=(x, y), scaler=setup.scaler)
+            if setup.scheduler is not None:
+                setup.scheduler.step()
+    return record

@@ -79,6 +79,12 @@ def test_all_advice_has_a_line_a_reason_and_what_speaks_against_it() -> None:
     assert all(entry.line and entry.why and entry.against and 0 < entry.score <= 1 for entry in advice)
 
 
+def test_a_recurrent_net_that_explodes_is_to_be_probed_through_time() -> None:
+    meta = {"parameters": [parameter("rnn.weight_hh_l0", role="recurrent")]}
+    record = record_of(loss=[1.5**step for step in range(40)], lr=[0.1] * 40, meta=meta)
+    assert "Look at the time steps" in {entry.title for entry in diagnose(record).advice}
+
+
 def test_advice_is_sorted_by_its_score() -> None:
     losses = [2.0 * 1.2**step for step in range(60)]
     norms = [1.0] * 25 + [2.0**step for step in range(35)]

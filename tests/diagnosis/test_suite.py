@@ -9,8 +9,13 @@ import pytest
 from gradkern.diagnosis import diagnose
 from tests.diagnosis import intervals, table
 from tests.diagnosis.judge import run_case
-from tests.diagnosis.runs import record_run
+from tests.diagnosis.runs import monitored_run, record_run
 from tests.diagnosis.suite import CASES, make
+
+# What the table has to show at least, on any machine: the right root cause of this share of the faults, and
+# alarms in no more than this share of the healthy runs.
+RIGHT = 0.85
+DISTURBED = 0.02
 
 QUICK = [name for name, case in CASES.items() if case.split == "tune" and not case.slow]
 PAIRS = [(case.twin, name) for name, case in CASES.items() if case.twin]
@@ -46,6 +51,27 @@ def test_the_clip_that_is_advised_repairs_the_regression_of_the_article() -> Non
     _, losses = repaired.scalar("loss")
     assert losses[-50:].mean() < 0.5 * losses[:10].mean()
     assert diagnose(repaired).is_healthy, str(diagnose(repaired))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    "name",
+    [
+        "healthy_cnn",
+        "healthy_transformer_warmup",
+        "exploding_depth_relu",
+        "lr_jump",
+        "dead_bias",
+        "zero_init",
+    ],
+)
+def test_the_monitor_records_what_leads_to_the_same_cause(name: str) -> None:
+    diagnosis = diagnose(monitored_run(make(name, 0)))
+    case = CASES[name]
+    if case.is_healthy:
+        assert diagnosis.is_healthy, str(diagnosis)
+    else:
+        assert diagnosis.category in case.causes, str(diagnosis)
 
 
 @pytest.mark.filterwarnings("ignore")

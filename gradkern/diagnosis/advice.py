@@ -35,6 +35,9 @@ LEAST_STEPS: Final = 20
 ARTICLE_NORM: Final = 1.0
 ARTICLE_VALUE: Final = 0.5
 
+# A rate that is too high is so by some powers of ten; more than four would be guessing.
+MOST_LOWERED: Final = 1e4
+
 # What a clip may help against.
 CLIPPABLE: Final = (
     "exploding_gradient",
@@ -231,7 +234,7 @@ def _clip(view: View, cause: Finding | None, kinds: dict[str, Finding]) -> list[
     fires = f"it would have fired on {percent(limit.share)}"
     around = (
         f"; half to ten times the average norm is {number(limit.low)}–{number(limit.high)}"
-        if math.isfinite(limit.low)
+        if limit.steps >= LEAST_STEPS
         else ""
     )
     _, thresholds = view.scalar("clip_threshold")
@@ -278,12 +281,14 @@ def _rate(view: View, cause: Finding | None, kinds: dict[str, Finding]) -> list[
             )
         ]
     if high is not None:
-        usual = max(float(high.evidence["median"]), float(high.evidence["largest"]) / 10)
-        better = 10.0 ** round(math.log10(lr * USUAL_RATIO / usual)) if min(usual, lr) > 0 else lr / 10
+        # What the rate itself makes: later updates grow out of the damage that the first ones did.
+        first = float(high.evidence["first"])
+        better = 10.0 ** round(math.log10(lr * USUAL_RATIO / first)) if min(first, lr) > 0 else lr / 10
+        better = min(max(better, lr / MOST_LOWERED), lr / 3)
         return [
             Advice(
                 "Lower the learning rate",
-                f"optimizer.param_groups[0]['lr'] = {min(better, lr / 3):.0e}",
+                f"optimizer.param_groups[0]['lr'] = {better:.0e}",
                 f"updates reach {number(float(high.evidence['largest']))} times the weights at {number(lr)}",
                 "training takes longer",
                 0.92 if cause is high else 0.5,

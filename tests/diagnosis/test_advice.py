@@ -91,3 +91,12 @@ def test_advice_is_sorted_by_its_score() -> None:
     record = record_of(loss=losses, grad_finite_norm=norms, grad_norm=norms, lr=[0.1] * 60)
     scores = [entry.score for entry in diagnose(record).advice]
     assert scores == sorted(scores, reverse=True)
+
+
+def test_a_lower_learning_rate_is_aimed_at_the_first_large_update_not_at_the_last() -> None:
+    record = record_of(
+        loss=[1.5**step for step in range(40)], lr=[1.0] * 40, weight_norm=[1.0] * 40,
+        update_norm=[min(0.3 * 10.0**step, 1e30) for step in range(40)],
+    )  # fmt: skip
+    (advice,) = [entry for entry in diagnose(record).advice if entry.title == "Lower the learning rate"]
+    assert advice.line == "optimizer.param_groups[0]['lr'] = 1e-02"

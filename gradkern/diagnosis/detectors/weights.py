@@ -128,7 +128,7 @@ def update_ratio_high(record: Record) -> list[Finding]:
             names,
             worst if not is_lasting else usual,
             RATIO_HIGH_ALONE if is_lasting else RATIO_HIGH,
-            {"median": usual, "largest": worst, "share": share, "lr": lr},
+            {"median": usual, "largest": worst, "first": float(ratios[high][0]), "share": share, "lr": lr},
             f"Updates reach {number(worst)} times the weights (usually {number(usual)}) from step {first} on"
             f"{rate}; a thousandth is usual.",
         )

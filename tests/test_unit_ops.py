@@ -83,6 +83,12 @@ def test_a_unit_with_coefficient_one_keeps_its_bits_and_a_tensor_of_them_its_ver
     assert (first._version, second._version) == (1, 0)
 
 
+def test_an_empty_gradient_is_never_counted_as_written() -> None:
+    grads = [torch.zeros(0), torch.zeros(2, 0), torch.ones(2)]
+    op.apply_units_(grads, torch.full((4,), 0.5, dtype=torch.float64), 0.25, "zero")
+    assert [grad._version for grad in grads] == [0, 0, 1]
+
+
 def test_units_are_clamped_after_they_are_scaled_and_what_is_not_finite_stays() -> None:
     grad = torch.tensor([[4.0, math.nan, -8.0], [1.0, math.inf, 0.25]])
     op.apply_units_([grad], torch.tensor([0.5, 1], dtype=torch.float64), 3.0, "keep")
@@ -129,6 +135,20 @@ def test_a_penalty_adds_its_gradient_and_returns_its_value(dtype: torch.dtype, l
         assert value.item() == pytest.approx(
             (l1 * wide.abs().sum() + l2 * wide.square().sum()).item(), rel=1e-12
         )
+
+
+@pytest.mark.parametrize(
+    ("name", "more"),
+    [
+        ("unit_sums", ()),
+        ("apply_units_", (torch.full((6,), 0.5, dtype=torch.float64), 0.25, "keep")),
+        ("exponents", ()),
+        ("add_penalty_", ([torch.ones(33), torch.ones(4, 5), torch.ones(0)], 0.1, 0.2)),
+    ],
+)
+def test_torch_finds_no_fault_with_the_operators(name: str, more: tuple[object, ...]) -> None:
+    given = [torch.randn(33), torch.randn(4, 5), torch.randn(0)]
+    torch.library.opcheck(getattr(op, name).default, (given, *more))
 
 
 def test_the_sign_of_a_zero_weight_is_zero_and_of_nan_is_nan() -> None:

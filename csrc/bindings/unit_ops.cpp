@@ -67,6 +67,7 @@ void apply_units_cpu(at::TensorList grads, const at::Tensor& coef, double clip_v
     cpu::kernels().apply_units(work.spans.data(), work.units.data(), ranges, count, actions.data(), coefs);
   });
   for (size_t i = 0; i < actions.size(); ++i) {
+    if (work.spans[i].numel == 0) continue;
     const double* const first = coefs + work.units[i].first;
     const bool scaled =
         std::any_of(first, first + work.units[i].count, [](double unit) { return unit != 1; });

@@ -88,7 +88,15 @@ _LAZY = {
 def __getattr__(name: str) -> Any:
     if name not in _LAZY:
         raise AttributeError(f"module 'gradkern' has no attribute {name!r}")
-    value = getattr(importlib.import_module(_LAZY[name]), name)
+    try:
+        value = getattr(importlib.import_module(_LAZY[name]), name)
+    except ModuleNotFoundError as error:
+        if error.name != "numpy":
+            raise
+        raise ImportError(
+            f"gradkern.{name} needs numpy, which is not installed: pip install 'gradkern[monitor]' "
+            "(or: pip install numpy)"
+        ) from error
     globals()[name] = value
     return value
 

@@ -359,8 +359,8 @@ def _too_many_skips(report: Report, limit: int) -> NonFiniteGradientError:
         f"Clipper: {report.consecutive} steps in a row have been skipped, from step {first} to {report.step} "
         f"(counted from 1; max_consecutive_skips={limit}).\nIn step {report.step}, {what} were "
         f"{', '.join(shown[:_NAMED])}{more}.\n"
-        "torch.autograd.set_detect_anomaly(True) finds the operation that makes a NaN; a lower learning rate "
-        "or a lower loss scale the usual cause."
+        "torch.autograd.set_detect_anomaly(True) finds the operation that makes a NaN; the usual causes are "
+        "a learning rate or a loss scale that is too high."
     )
     error.stats = report.stats
     return error

@@ -241,6 +241,7 @@ class Clipper:
         of any dtype.
 
         Raises:
+            TypeError: `optimizer` is none of torch.
             RuntimeError: they have been unscaled already, or the clipper is attached.
             ValueError: the optimizer steps parameters that are not the clipper's; and as for a call.
 
@@ -258,6 +259,11 @@ class Clipper:
         if self._attachment is not None:
             raise RuntimeError(
                 "Clipper.unscale_and_clip: it is attached, and does this inside scaler.step(optimizer)."
+            )
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            raise TypeError(
+                "Clipper.unscale_and_clip: needs a GradScaler and an optimizer, in this order, got "
+                f"{type(scaler).__name__} and {type(optimizer).__name__}."
             )
         followed = self._stepper.tracked.optimizer
         if followed is None:
@@ -282,7 +288,7 @@ class Clipper:
         """
         stats, tally, info = self._stepper.last, self._stepper.tally, self._stepper.info
         if stats is None:
-            raise RuntimeError("Clipper.metrics: no step has been clipped yet.")
+            raise RuntimeError("Clipper.metrics: no step has been clipped yet. Call it after the first step.")
         numbers = {"norm": stats.norm, "clipped_norm": stats.clipped_norm, "coef": least(stats.coef)}
         steps, skipped, _ = tally.counts.unbind()
         numbers["clipped_fraction"] = tally.clipped.sum().double() / steps.clamp(1, WINDOW)

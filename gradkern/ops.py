@@ -29,6 +29,13 @@ def _load() -> tuple[Any, str]:
     try:
         record = json.loads(Path(__file__).with_name("_build.json").read_text())
     except (OSError, ValueError):
+        root = Path(__file__).parents[1]
+        if (root / "csrc").is_dir():  # the first of all places to import from, for who has just installed it
+            return None, (
+                f"it was imported from its sources in {root}, where no extension has been built: run Python "
+                "in another folder to use the installed package, or build here with "
+                "`pip install --no-build-isolation --editable .`"
+            )
         return None, f"its extension has not been built: {again}"
     if not record.get("extension"):
         return None, record.get("reason") or f"it was installed without its extension: {again}"

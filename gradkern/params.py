@@ -166,7 +166,7 @@ def limit_of(function: str, name: str, value: object) -> float:
     try:
         number = float(value)  # type: ignore[arg-type]
     except (TypeError, ValueError, RuntimeError):
-        raise TypeError(f"{function}: {name} must be a number, got {_shown(value)}.") from None
+        raise TypeError(f"{function}: {name} must be a number, got {shown(value)}.") from None
     if number >= 0:
         return number
     fault = "be NaN" if math.isnan(number) else "be negative"
@@ -276,10 +276,12 @@ def _not_a_tensor(function: str, name: str, item: object, of_grads: bool) -> str
     return f"{function}: {name} is of type {kind}; gradkern needs {forms}.{hint}"
 
 
-def _shown(value: object) -> str:
+def shown(value: object) -> str:
     """A wrong value as the user wrote it, or its type if it is no short one."""
-    shown = repr(value)
-    return shown if len(shown) < 40 and "\n" not in shown else type(value).__name__
+    written = repr(value)
+    if len(written) < 40 and "\n" not in written:
+        return written
+    return f"the class {value.__name__}" if isinstance(value, type) else type(value).__name__
 
 
 def _warn_of_bare_tensors(items: Sequence[object], function: str) -> None:

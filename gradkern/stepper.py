@@ -14,7 +14,7 @@ from gradkern import ops, reference
 from gradkern.apply import Seen
 from gradkern.backward import BackwardRows
 from gradkern.clip import raise_nonfinite
-from gradkern.params import Names, Params, check, collect, describe
+from gradkern.params import Names, Params, check, collect, describe, shown
 from gradkern.policies import Decision, Layout, Measured, Policy, State, Units, all_finite
 from gradkern.stats import GradStats, least
 from gradkern.tally import Tally
@@ -104,6 +104,8 @@ class Stepper:
 
     def load_state_dict(self, saved: Mapping[str, Any], strict: bool) -> None:
         """Go on from there. Raises ValueError before anything is loaded."""
+        if not isinstance(saved, Mapping):
+            raise TypeError(f"Clipper.load_state_dict: needs what state_dict() gave, got {shown(saved)}.")
         if set(saved) != {"policy", "tally"}:
             found = sorted(map(str, saved))
             raise ValueError(f"Clipper.load_state_dict: needs what state_dict() gave, got the keys {found}.")

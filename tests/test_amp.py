@@ -192,6 +192,13 @@ def test_a_scaler_that_has_scaled_nothing_is_refused() -> None:
         gradkern.Clipper(model).unscale_and_clip(scaler_of(), EVERY["rmsprop"](model.parameters()))
 
 
+def test_arguments_in_the_wrong_order_are_refused() -> None:
+    model = network()
+    message = "a GradScaler and an optimizer, in this order, got RMSprop and GradScaler"
+    with pytest.raises(TypeError, match=message):
+        gradkern.Clipper(model).unscale_and_clip(EVERY["rmsprop"](model.parameters()), scaler_of())
+
+
 def test_an_attached_clipper_refuses_it() -> None:
     model = network()
     optimizer = EVERY["rmsprop"](model.parameters())

@@ -361,6 +361,12 @@ def test_what_is_no_state_is_refused(saved: dict[str, object]) -> None:
         gradkern.Clipper([weight(1.0)]).load_state_dict(saved)
 
 
+@pytest.mark.parametrize("saved", [None, "run.pt"])
+def test_what_is_no_mapping_is_no_state(saved: object) -> None:
+    with pytest.raises(TypeError, match=f"needs what state_dict\\(\\) gave, got {saved!r}"):
+        gradkern.Clipper([weight(1.0)]).load_state_dict(saved)  # type: ignore[arg-type]
+
+
 # What it refuses
 
 

@@ -54,6 +54,7 @@ itself.
 
 from __future__ import annotations
 
+from gradkern.params import shown
 from gradkern.policies.adaptive import AdaGC, Percentile, ZClip
 from gradkern.policies.chain import Chain
 from gradkern.policies.constant import AGC, BlockRMS, GlobalNorm, GroupNorm, TensorNorm, Value
@@ -112,4 +113,11 @@ def as_policy(policy: Policy | float) -> Policy:
         return policy
     if isinstance(policy, (int, float)):
         return GlobalNorm(float(policy))
-    raise TypeError(f"policy must be a number or a policy such as gradkern.GlobalNorm(1.0), got {policy!r}.")
+    advice = ""
+    if isinstance(policy, (list, tuple)):
+        advice = " Several, one after the other, are a gradkern.Chain(...)."
+    elif isinstance(policy, type) and issubclass(policy, Policy):
+        advice = f" Make one: {policy.__name__}(...)."
+    raise TypeError(
+        f"policy must be a number or a policy such as gradkern.GlobalNorm(1.0), got {shown(policy)}.{advice}"
+    )

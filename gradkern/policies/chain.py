@@ -8,6 +8,7 @@ from itertools import pairwise
 
 from torch import Tensor
 
+from gradkern.params import shown
 from gradkern.policies.protocol import Decision, Layout, Measured, Needs, Policy, State, Update
 
 
@@ -42,9 +43,10 @@ class Chain(Policy):
         flat: list[Policy] = []
         for stage in stages:
             if not isinstance(stage, Policy):
-                raise TypeError(
-                    f"Chain: {stage!r} is not a policy. A number must be named: GlobalNorm({stage!r})."
-                )
+                advice = "Pass policies one by one, each made by a call: Chain(ZClip(), Value(0.5))."
+                if isinstance(stage, (int, float)):
+                    advice = f"A number must be named: GlobalNorm({stage!r})."
+                raise TypeError(f"Chain: {shown(stage)} is not a policy. {advice}")
             flat.extend(stage.stages if isinstance(stage, Chain) else (stage,))
         if not flat:
             raise ValueError("Chain: needs at least one policy.")

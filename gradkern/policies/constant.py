@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from gradkern.params import shown
 from gradkern.policies.protocol import (
     Decision,
     Layout,
@@ -168,6 +169,11 @@ class GroupNorm(Policy):
     limits: Mapping[str, float]
 
     def __post_init__(self) -> None:
+        if not isinstance(self.limits, Mapping):
+            raise TypeError(
+                "GroupNorm: limits must map patterns of names to norms, for instance "
+                f"{{'embed.*': 0.1, '*': 1.0}}, got {shown(self.limits)}. One norm for all is GlobalNorm."
+            )
         if not self.limits:
             raise ValueError("GroupNorm: limits must name at least one pattern, for instance {'*': 1.0}.")
         for pattern, limit in self.limits.items():

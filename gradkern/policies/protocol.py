@@ -11,6 +11,8 @@ from typing import Any, Literal, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+from gradkern.params import shown
+
 SUM_SQ, ABS_MAX, NAN_COUNT, INF_COUNT, ZERO_COUNT = range(5)
 COLUMNS = 5
 
@@ -335,9 +337,15 @@ class State:
         missing = sorted(set(mine) - set(theirs))
         unexpected = sorted(set(theirs) - set(mine))
         if strict and (missing or unexpected):
+            advice = "Pass strict=False to restore the histories of the names that are in both."
+            if sorted(map(_unwrapped, missing)) == sorted(map(_unwrapped, unexpected)):
+                advice = (
+                    "They differ by the prefix of a wrapper (DistributedDataParallel, torch.compile). Make "
+                    "both clippers of the module inside it, or both of the wrapper."
+                )
             raise ValueError(
                 f"load_state_dict: saved for other tensors. Missing: {missing}. Unexpected: {unexpected}. "
-                "Pass strict=False to restore the histories of the names that are in both."
+                f"{advice}"
             )
         position = {name: index for index, name in enumerate(theirs)}
         pairs = [(row, position[name]) for row, name in enumerate(mine) if name in position]
@@ -354,13 +362,16 @@ class State:
             saved["stages"] = [stage._saved() for stage in self.stages]
         return saved
 
+    def _called(self, place: str) -> str:
+        return f"this is {self.policy}" if place == self.policy else f"{place} is {self.policy}"
+
     def _plan(
         self, saved: Mapping[str, Any], count: int, pairs: list[tuple[int, int]], place: str
     ) -> list[tuple[Tensor, Tensor]]:
         """All copies to make, every one checked before the first is made."""
         if saved.get("policy") != self.policy:
             raise ValueError(
-                f"load_state_dict: saved by {saved.get('policy')}, but {place} is {self.policy}. "
+                f"load_state_dict: saved by {saved.get('policy')}, but {self._called(place)}. "
                 "Build the policy that was saved."
             )
         plan: list[tuple[Tensor, Tensor]] = []
@@ -462,14 +473,29 @@ def _scale_units(units: Units, coef: Tensor) -> Units:
     return units._replace(grad_sum_sq=units.grad_sum_sq * coef.square())
 
 
+def _unwrapped(name: str) -> str:
+    """A parameter's name without what DistributedDataParallel and torch.compile put into it."""
+    return ".".join(part for part in name.split(".") if part not in ("module", "_orig_mod"))
+
+
 def _scale(stats: Tensor, coef: Tensor) -> Tensor:
     """Stats ``[..., 5]`` after multiplying what they describe by `coef` ``[...]`` or 0-dim."""
     factors = torch.stack((coef.square(), coef.abs()), -1)
     return torch.cat((stats.narrow(-1, SUM_SQ, 2) * factors, stats.narrow(-1, NAN_COUNT, 3)), -1)
 
 
+def _check_number(policy: Policy, parameter: str, value: object) -> None:
+    """Refuse what cannot be compared with a number."""
+    try:
+        value < 0  # type: ignore[operator]  # noqa: B015
+    except TypeError:
+        name = type(policy).__name__
+        raise TypeError(f"{name}: {parameter} must be a number, got {shown(value)}.") from None
+
+
 def check_limit(policy: Policy, parameter: str, value: float) -> None:
     """Refuse a limit that is negative or NaN."""
+    _check_number(policy, parameter, value)
     if not value >= 0:
         raise ValueError(
             f"{type(policy).__name__}: {parameter} must not be negative, got {value}. Use inf for no limit."
@@ -478,12 +504,14 @@ def check_limit(policy: Policy, parameter: str, value: float) -> None:
 
 def check_positive(policy: Policy, parameter: str, value: float) -> None:
     """Refuse a number that is not positive and finite."""
+    _check_number(policy, parameter, value)
     if not 0 < value < math.inf:
         raise ValueError(f"{type(policy).__name__}: {parameter} must be positive and finite, got {value}.")
 
 
 def check_share(policy: Policy, parameter: str, value: float) -> None:
     """Refuse a smoothing factor outside [0, 1)."""
+    _check_number(policy, parameter, value)
     if not 0 <= value < 1:
         raise ValueError(
             f"{type(policy).__name__}: {parameter} must be at least 0 and below 1, got {value}. It is the "
@@ -493,7 +521,8 @@ def check_share(policy: Policy, parameter: str, value: float) -> None:
 
 def check_steps(policy: Policy, parameter: str, value: int, least: int) -> None:
     """Refuse a number of steps that is no whole number or below `least`."""
-    if value != int(value) or value < least:
+    _check_number(policy, parameter, value)
+    if not value < math.inf or value != int(value) or value < least:
         raise ValueError(
             f"{type(policy).__name__}: {parameter} must be a whole number of at least {least}, got {value}."
         )

@@ -453,3 +453,14 @@ def test_importing_gradkern_does_not_import_the_monitor() -> None:
     code = "import sys, gradkern; print([m for m in ('gradkern.monitor', 'sqlite3') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("name", ["Monitor", "Run", "TrainingStopped"])
+def test_without_numpy_it_says_what_to_install(name: str) -> None:
+    import subprocess
+    import sys
+
+    code = f"import sys; sys.modules['numpy'] = None; import gradkern; gradkern.{name}"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    wanted = f"gradkern.{name} needs numpy, which is not installed: pip install 'gradkern[monitor]'"
+    assert wanted in done.stderr

@@ -132,6 +132,8 @@ def test_a_stage_must_be_a_policy() -> None:
         TypeError, match=r"Chain: 1.0 is not a policy. A number must be named: GlobalNorm\(1.0\)"
     ):
         Chain(gradkern.ZClip(), 1.0)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"Chain: list is not a policy. Pass policies one by one"):
+        Chain([gradkern.ZClip(), gradkern.Value(0.5)])  # type: ignore[arg-type]
 
 
 def test_chains_within_chains_are_taken_apart() -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 
 import pytest
@@ -255,6 +256,23 @@ def test_agc_depends_only_on_the_ratio_of_gradients_to_weights(scale: float) -> 
 )
 def test_an_impossible_parameter_is_refused(make: Callable[[], Policy], message: str) -> None:
     with pytest.raises(ValueError, match=message):
+        make()
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: gradkern.GlobalNorm(None), "GlobalNorm: max_norm must be a number, got None."),
+        (lambda: gradkern.BlockRMS("1"), "BlockRMS: threshold must be a number, got '1'."),
+        (lambda: gradkern.ZClip(alpha="1"), "ZClip: alpha must be a number, got '1'."),
+        (lambda: gradkern.ZClip(warmup=None), "ZClip: warmup must be a number, got None."),
+        (lambda: gradkern.ZClip(torch.nn.Linear(300, 300)), "ZClip: z_limit must be a number, got Linear."),
+        (lambda: gradkern.GroupNorm({"a": "1"}), "GroupNorm: limits['a'] must be a number, got '1'."),
+        (lambda: gradkern.GroupNorm(1.0), "GroupNorm: limits must map patterns of names to norms, for "),
+    ],
+)
+def test_a_parameter_of_another_type_is_refused(make: Callable[[], Policy], message: str) -> None:
+    with pytest.raises(TypeError, match=re.escape(message)):
         make()
 
 

@@ -182,6 +182,14 @@ def test_histories_follow_the_names() -> None:
     assert torch.equal(new.stages[1].shared["mean"], old.stages[1].shared["mean"])
 
 
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod."])
+def test_names_of_a_wrapper_are_recognised(prefix: str) -> None:
+    names = tuple(prefix + name for name in layout().names)
+    state = gradkern.AdaGC().init(layout(names=names))
+    with pytest.raises(ValueError, match=r"Make both clippers of the module inside it, or both of"):
+        state.load_state_dict(gradkern.AdaGC().init(layout()).state_dict())
+
+
 def test_other_tensors_are_listed_and_nothing_is_loaded() -> None:
     saved = filled().state_dict()
     policy = gradkern.Chain(gradkern.AdaGC(warmup=2), gradkern.ZClip(warmup=2))
@@ -197,7 +205,7 @@ def test_other_tensors_are_listed_and_nothing_is_loaded() -> None:
 @pytest.mark.parametrize(
     ("policy", "message"),
     [
-        (gradkern.ZClip(), "saved by Chain, but ZClip is ZClip"),
+        (gradkern.ZClip(), "saved by Chain, but this is ZClip. Build"),
         (gradkern.Chain(gradkern.AdaGC(warmup=2)), "has 1 stages, saved were 2"),
         (
             gradkern.Chain(gradkern.AdaGC(), gradkern.Percentile()),
@@ -361,6 +369,10 @@ def test_a_number_is_a_norm_limit() -> None:
     assert as_policy(policy) is policy
     with pytest.raises(TypeError, match="number or a policy"):
         as_policy("1.0")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"got the class ZClip. Make one: ZClip\(\.\.\.\)"):
+        as_policy(gradkern.ZClip)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"got list. Several, .* are a gradkern.Chain\(\.\.\.\)"):
+        as_policy([policy, gradkern.Value(0.5)])  # type: ignore[arg-type]
 
 
 def test_ranks_with_different_tensors_complete_a_total() -> None:

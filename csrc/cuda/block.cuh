@@ -65,7 +65,8 @@ GRADKERN_DEVICE Stats block_merge(Stats mine) {
   return mine;
 }
 
-/// Merges `count` records in device memory, in an order given by `count` alone. Valid in thread 0 only.
+/// Merges `count` records in device memory, thread by thread every `kBlock`-th: in an order given by `count`
+/// alone. Valid in thread 0 only.
 GRADKERN_DEVICE Stats block_fold(const Stats* parts, int count) {
   Stats mine;
   for (int i = threadIdx.x; i < count; i += kBlock) mine = merge(mine, parts[i]);
@@ -84,7 +85,7 @@ GRADKERN_DEVICE bool last_to_arrive(uint32_t* tickets, int count) {
     __threadfence();
     const uint32_t before = atomicInc(tickets, static_cast<uint32_t>(count) - 1);
     last = before == static_cast<uint32_t>(count) - 1;
-    __threadfence();
+    if (last) __threadfence();
   }
   __syncthreads();
   return last;

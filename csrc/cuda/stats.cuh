@@ -100,12 +100,13 @@ GRADKERN_DEVICE Real<T> add_batch(Tally<T>& tally, const Batch& batch) {
 
 /// Writes the total and what follows from it. For one block, when all rows are there.
 GRADKERN_DEVICE void finish_total(const Plan& plan, const Finish& finish) {
-  Stats mine;
-  for (int t = threadIdx.x; t < plan.tensor_count; t += kBlock) {
-    if (plan.tensors[t].chunk_count == 0) finish.rows[t] = Stats{};
-    mine = merge(mine, finish.rows[t]);
+  if (plan.filled_count < plan.tensor_count) {
+    // Every thread writes those that it will fold itself.
+    for (int t = threadIdx.x; t < plan.tensor_count; t += kBlock) {
+      if (plan.tensors[t].chunk_count == 0) finish.rows[t] = Stats{};
+    }
   }
-  const Stats total = block_merge(mine);
+  const Stats total = block_fold(finish.rows, plan.tensor_count);
   if (threadIdx.x != 0) return;
   const double max_norm = finish.limit ? *finish.limit : finish.max_norm;
   const double coef = clip_coef(total, max_norm, finish.eps, finish.nonfinite);

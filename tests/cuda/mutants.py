@@ -95,7 +95,9 @@ MUTANTS = [
         "    __threadfence();\n    const uint32_t before",
         "    const uint32_t before",
     ),
-    Mutant("no fence after the ticket", "block.cuh", "- 1;\n    __threadfence();\n  }", "- 1;\n  }"),
+    Mutant(
+        "no fence after the ticket", "block.cuh", "- 1;\n    if (last) __threadfence();\n  }", "- 1;\n  }"
+    ),
     Mutant(
         "ticket not reset",
         "block.cuh",

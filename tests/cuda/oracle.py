@@ -89,7 +89,8 @@ def exponents(grad: torch.Tensor) -> np.ndarray:
 
 def penalised(grad: torch.Tensor, weight: torch.Tensor, l1: float, l2: float) -> torch.Tensor:
     w = weight.double()
-    total = grad.double() + (l1 * w.sign() + 2 * l2 * w)
+    sign = torch.where(w == 0, w, w.sign())  # as on the CPU, a zero keeps its own sign
+    total = grad.double() + (l1 * sign + 2 * l2 * w)
     return total.to(torch.float64 if grad.dtype == torch.float64 else torch.float32).to(grad.dtype)
 
 

@@ -98,17 +98,18 @@ def _blocks_per_sm() -> dict[str, int]:
     return {kernel: constants[name] for name, kernel in bounds}
 
 
+def find_tool(name: str) -> str | None:
+    """A program of the CUDA toolkit: beside nvcc, where pip puts it, or on the path."""
+    beside_nvcc = Path(shutil.which("nvcc") or "/").resolve().parent / name
+    from_pip = sorted(Path(sysconfig.get_path("purelib")).glob(f"nvidia/*/bin/{name}"))
+    return next((str(path) for path in [beside_nvcc, *from_pip] if path.is_file()), shutil.which(name))
+
+
 def _tool(name: str) -> str:
-    """A program of the CUDA toolkit, also where pip puts it."""
-    site = Path(sysconfig.get_path("purelib"))
-    beside_nvcc = [Path(shutil.which("nvcc") or "/").resolve().parent / name]
-    for path in [*beside_nvcc, *sorted(site.glob(f"nvidia/*/bin/{name}"))]:
-        if path.is_file():
-            return str(path)
-    found = shutil.which(name)
+    found = find_tool(name)
     if found is None:
         sys.exit(
-            f"cuda-report: {name} is missing; install the CUDA toolkit, or `pip install nvidia-cuda-{name}`."
+            f"cuda-report: {name} is missing. Install the CUDA toolkit, or `pip install nvidia-cuda-{name}`."
         )
     return found
 
@@ -180,7 +181,9 @@ def inspect(arch: str) -> list[Kernel]:
     """Compiles for one architecture and reads what came of it."""
     with tempfile.TemporaryDirectory() as folder:
         cubin = str(Path(folder) / "kernels.cubin")
-        said = _run("nvcc", *FLAGS, f"-arch=sm_{arch}", "-cubin", "-o", cubin, str(SOURCES / "kernels.cu"))
+        said = _run(
+            _tool("nvcc"), *FLAGS, f"-arch=sm_{arch}", "-cubin", "-o", cubin, str(SOURCES / "kernels.cu")
+        )
         sass = _run(_tool("cuobjdump"), "-sass", cubin)
 
     code: dict[str, list[Instruction]] = {}

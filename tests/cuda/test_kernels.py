@@ -428,3 +428,49 @@ def test_penalty_reads_both_and_writes_one(library: CDLL) -> None:
     found = run(library, "penalty", grads, weights=grads, l1=1.0)
     assert found.bytes_read == 2 * sum(grad.nbytes for grad in grads)
     assert found.bytes_written == sum(grad.nbytes for grad in grads)
+
+
+# ---- all of them, at random
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(100))
+def test_random_lists_of_random_tensors(library: CDLL, seed: int) -> None:
+    generator = np.random.default_rng(seed)
+
+    def tensor() -> torch.Tensor:
+        dtype = DTYPES[generator.integers(4)]
+        numel = int(generator.choice([0, 1, 7, 300, 5000, 20000]) * generator.uniform(0.5, 1.5))
+        units = int(generator.choice([0, 1, 3, 19]))
+        shape = (units, numel // units) if units else numel
+        grad = randn(shape, dtype, float(generator.choice([1e-3, 1.0, 30.0])))
+        where = generator.integers(0, 20000, int(generator.integers(0, 4))) % max(grad.numel(), 1)
+        return spoil(grad, where.tolist())
+
+    grads = [tensor() for _ in range(generator.integers(1, 12))] + [torch.ones(3)]
+    options = {
+        "seed": seed,
+        "misalignment": int(generator.integers(8)),
+        "chunk_numel": int(generator.choice([1000, 1 << 14])),
+        "nonfinite": NONFINITE[generator.integers(3)],
+        "bound": float(generator.choice([0.5, math.inf])),
+    }
+    measured = run(library, "stats", grads, launches=2, max_norm=1.0, **options)
+    assert_rows(measured.rows, grads)
+    clamped = run(library, "value", grads, **options)
+    assert clamped.rows.tobytes() == measured.rows.tobytes()
+    coef = 0.37
+    scaled = run(library, "apply", grads, coef=[coef], rows=measured.rows, **options)
+    for grad, by_value, by_norm in zip(grads, clamped.grads, scaled.grads, strict=True):
+        assert_same(by_value, oracle.clipped(grad, 1.0, options["bound"], options["nonfinite"]))
+        assert_same(by_norm, oracle.clipped(grad, coef, options["bound"], options["nonfinite"]))
+    filled = [grad for grad in grads if grad.numel() > 0]
+    sums = run(library, "unit_sums", filled, **options).sums
+    np.testing.assert_allclose(sums, oracle.unit_sums(filled), rtol=SUM_SQ_ERROR)
+    counts = run(library, "exponents", grads, **options).counts
+    assert counts.sum(axis=1).tolist() == [grad.numel() for grad in grads]
+    assert counts[:, 0].tolist() == measured.rows[:, 4].tolist()
+    weights = [0.1 * grad.nan_to_num(1.0).flip(0) for grad in filled]
+    penalised = run(library, "penalty", filled, weights=weights, l1=0.1, l2=0.2, **options)
+    for grad, weight, after in zip(filled, weights, penalised.grads, strict=True):
+        assert_same(after, oracle.penalised(grad, weight, 0.1, 0.2))

@@ -19,6 +19,8 @@ def cases(test: Callable[..., None]) -> Iterator[dict[str, Any]]:
     """The arguments of every case of a parametrized test."""
     axes = []
     for mark in getattr(test, "pytestmark", []):
+        if mark.name != "parametrize":
+            continue
         names = mark.args[0] if isinstance(mark.args[0], tuple) else (mark.args[0],)
         axes.append([dict(zip(names, v if len(names) > 1 else (v,), strict=True)) for v in mark.args[1]])
     for chosen in itertools.product(*axes):

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 from gradkern.diagnosis import DETECTORS, Diagnosis, Finding, recommend_threshold
 from gradkern.policies import GlobalNorm
+from gradkern.record import Record
 
 if TYPE_CHECKING:
     from gradkern.clipper import Clipper
@@ -94,15 +95,21 @@ class ClipThreshold:
         self._clipper = clipper
         self._before: list[float] = []
 
-    def recommend(self, record: Any, finding: Finding) -> dict[str, Any] | None:
-        """Lower the threshold if the recommendation is lower. Returns what was done, None for nothing."""
+    def recommend(
+        self, record: Record, finding: Finding, agree: Callable[[float], float] | None = None
+    ) -> dict[str, Any] | None:
+        """Lower the threshold if the recommendation is lower. Returns what was done, None for nothing.
+
+        `agree` makes of the recommendations of all ranks one.
+        """
         wanted = recommend_threshold(record, finding.step if finding.step > 0 else None)
+        limit = wanted.max_norm if agree is None else agree(wanted.max_norm)
         old = self.threshold
-        if not (0 < wanted.max_norm < old):
+        if not (0 < limit < old):
             return None
         self._before.append(old)
-        self._set(wanted.max_norm)
-        return {"from": _plain(old), "to": wanted.max_norm, "why": wanted.why, "finding": finding.kind}
+        self._set(limit)
+        return {"from": _plain(old), "to": limit, "why": wanted.why, "finding": finding.kind}
 
     def undo(self) -> dict[str, Any] | None:
         """Put the threshold back to what it was before the last change. None if there was none."""

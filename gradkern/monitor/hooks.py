@@ -8,6 +8,7 @@ back.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable
 from typing import Any, Final
 
@@ -30,16 +31,20 @@ _CAN_DIE: Final = (nn.ReLU, nn.ReLU6, nn.Threshold, nn.Hardswish)
 FLAT: Final = 0.1
 
 
+# The slope of tanh at output y is 1 - y², that of the sigmoid, as a share of its steepest, 1 - (2y - 1)².
+_STEEP: Final = math.sqrt(1 - FLAT)
+
+
 def _flat_tanh(out: Tensor) -> Tensor:
-    return 1 - out.square() < FLAT
+    return out.abs() > _STEEP
 
 
 def _flat_sigmoid(out: Tensor) -> Tensor:
-    return 4 * out * (1 - out) < FLAT
+    return (out - 0.5).abs() > 0.5 * _STEEP
 
 
 def _flat_softsign(out: Tensor) -> Tensor:
-    return (1 - out.abs()).square() < FLAT
+    return out.abs() > 1 - math.sqrt(FLAT)
 
 
 def _flat_hardtanh(out: Tensor) -> Tensor:
@@ -185,26 +190,15 @@ class Observer:
         if flat is None and isinstance(module, nn.RNN) and module.nonlinearity == "tanh":
             flat = _flat_tanh
         if flat is not None and out.numel():
-            self._parcel.put(f"act_saturated/{path}", flat(out).double().mean())
+            self._parcel.put(f"act_saturated/{path}", torch.count_nonzero(flat(out)) / out.numel())
 
     def _look_back(self, path: str, dim: int, grad: Tensor) -> None:
         try:
             if not is_plain(grad):
                 return
-            with torch.no_grad():
-                grad = grad.detach()
-                exact = torch.float32 if grad.device.type == "mps" else torch.float64
-                others = [other for other in range(grad.dim()) if other != dim % max(grad.dim(), 1)]
-                units = (
-                    torch.linalg.vector_norm(grad, dim=others, dtype=exact)
-                    if others
-                    else grad.abs().to(exact)
-                )
-                units = units.reshape(-1)
-                if not units.numel():
-                    return
-                numbers = [torch.linalg.vector_norm(units), (units > 1).to(exact).mean(), units.amax()]
-                self._parcel.put(f"out/{path}", torch.stack(numbers))
+            if grad.numel():
+                with torch.no_grad():
+                    self._parcel.put(f"out/{path}", unit_numbers(grad.detach(), dim))
         except Exception as error:
             self._give_up(error)
 
@@ -216,6 +210,23 @@ class Observer:
             type(error).__name__,
             error,
         )
+
+
+def unit_numbers(grad: Tensor, dim: int) -> Tensor:
+    """Of a gradient whose units are along `dim`: its norm, the share of units above 1, the largest; ``[3]``.
+
+    Summed in float32, or float64 for float64. Divided by the largest element first, squares stay in range.
+    """
+    if grad.dtype in (torch.float16, torch.bfloat16):
+        grad = grad.float()
+    if grad.dim() == 0:
+        grad = grad.reshape(1)
+    scale = grad.abs().amax().clamp(min=torch.finfo(grad.dtype).tiny)
+    others = [other for other in range(grad.dim()) if other != dim % grad.dim()]
+    squares = (grad / scale).square()
+    exact = torch.float32 if grad.device.type == "mps" else torch.float64
+    units = (squares.sum(others) if others else squares).to(exact).sqrt() * scale.to(exact)
+    return torch.stack([torch.linalg.vector_norm(units), (units > 1).to(exact).mean(), units.amax()])
 
 
 def unit_dim(module: nn.Module, out: Tensor) -> int:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from gradkern import ops
 from gradkern.clip import measure
 from gradkern.diagnosis import Diagnosis, Finding, detect, diagnose
-from gradkern.monitor import actions
+from gradkern.monitor import actions, agreement
 from gradkern.monitor.actions import Action, ClipThreshold, TrainingStopped
 from gradkern.monitor.exponents import histogram
 from gradkern.monitor.hooks import ACT_KINDS, GRAD_KINDS, Observer
@@ -46,11 +46,15 @@ T = TypeVar("T")
 # Steps that are put into the record at once, and the longest time that any waits for it: with the half second
 # of the writer a killed process loses less than a second.
 BLOCK: Final = 32
-BLOCK_SECONDS: Final = 0.2
+BLOCK_SECONDS: Final = 0.4
 
 # The history in memory: 17 scalars of 16 bytes, 15 kinds of rows, each with as much again to grow into.
 MAX_STEPS: Final = 1 << 15
 MAX_ROW_BYTES: Final = 3 << 19
+
+# A finite gradient can make weights that are not only if it is enormous: the square of a norm from which on
+# every step is looked at before the optimizer makes it.
+ALERT: Final = 1e12
 
 _GRAD_ROWS: Final = ("grad_norm", "grad_abs_max")
 _GRAD_COUNTS: Final = ("grad_nan", "grad_inf", "grad_zero")
@@ -102,7 +106,8 @@ class Monitor:
         sink_every: steps between two calls of the sinks.
         per_tensor: send `grad_norm/<parameter>` to the sinks too.
         on: what to do about findings: {kind or severity: "log", "clip", "stop", or a function of the
-            monitor and the finding}. Warnings and errors are logged by default.
+            monitor and the finding}. Warnings and errors are logged by default. Under `torch.distributed` all
+            ranks must be given the same: they exchange findings every 20 steps, and all do the same then.
         clipper: the `gradkern.Clipper` of this model, called by hand or attached. Its statistics are
             taken, so that gradients are not measured twice.
         keep_batch: keep the batch of the last step, and copies of parameters, buffers and random state from
@@ -190,7 +195,8 @@ class Monitor:
         self._pending: deque[_Step] = deque()
         self._block: list[_Step] = []
         self._flushed_at = self._last_time = time.perf_counter()
-        self._schedule = Schedule(self._first)
+        self._agrees = bool(self._on.keys()) and agreement.is_needed()
+        self._schedule = Schedule(self._first, agreement.EVERY if self._agrees else None)
         self._found: dict[tuple[str, str], Finding] = {}
         self._findings: list[Finding] = []
 
@@ -207,7 +213,9 @@ class Monitor:
         self._observer = Observer(self._model)
         self._scale: Tensor | None = None
         self._tally: Tensor | None = None
+        self._asked = self._first - 1  # the last step of which it was asked whether to look
         self._origin_known = False
+        self._is_alert = True
         self._off = self._closed = False
         self._replay = Replay(self._model) if keep_batch else None
 
@@ -238,15 +246,18 @@ class Monitor:
         Raises:
             TrainingStopped: a finding came up for which `on` says "stop". Nothing else is ever raised.
         """
-        if self._off:
-            return
-        try:
-            with torch.no_grad():
-                self._take(loss, stats, batch, scaler)
-        except TrainingStopped:
-            raise
-        except Exception as error:
-            self._fail(error)
+        was_off = self._off
+        if not was_off:
+            try:
+                with torch.no_grad():
+                    self._take(loss, stats, batch, scaler)
+            except TrainingStopped:
+                raise
+            except Exception as error:
+                self._fail(error)
+        if self._off and self._agrees and not self._closed:
+            self._next += was_off
+            self._keep_meeting()
 
     def attach(self, optimizer: torch.optim.Optimizer) -> Monitor:
         """End a step with every `optimizer.step()` from now on. Returns the monitor.
@@ -455,6 +466,7 @@ class Monitor:
         if found.rows.device.type == "cpu" and is_simple and not isinstance(found._clip_value, Tensor):
             step.rows = found.rows.numpy()
             step.total = found.data.tolist()
+            self._is_alert = not step.total[0] < ALERT
             step.coef = 1.0 if coef is None else coef.item()
             step.times["word"], step.times["bound"] = found._nonfinite, found._clip_value
             return
@@ -540,7 +552,10 @@ class Monitor:
                 self._own_updates = self._sampler.after([weight for _, _, weight in self._weights])
 
     def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        if self._off:
+        # Most steps have nothing to be seen here, and every call counts.
+        measures = not self._handed and self._clipper is None and self._next % self._every == 0
+        is_quiet = not (measures or self._is_alert or self._next % self._weights_every == 0)
+        if self._off or (is_quiet and getattr(optimizer, "found_inf", None) is None):
             return
         try:
             with torch.no_grad():
@@ -555,6 +570,7 @@ class Monitor:
         found_inf = getattr(optimizer, "found_inf", None)
         if isinstance(found_inf, Tensor):
             self._found_inf = found_inf.clone()
+        is_bad = False
         measures = not self._handed and self._clipper is None and closure is None
         if measures and self._next % self._every == 0:
             stats = measure(self._tracked.items)
@@ -565,28 +581,31 @@ class Monitor:
                     stats.per_tensor.scaled(inverse).data, stats.scaled(inverse).data, stats._names
                 )
             self._own_stats = stats
+            if not self._origin_known and stats.data.device.type == "cpu":
+                _, _, nan_count, inf_count, _ = stats.data.tolist()
+                is_bad = nan_count + inf_count > 0
         if self._is_weights_step(self._next):
             self._own_weights = self._measure_weights()
             self._own_exponents = self._measure_exponents()
             self._sampler.before([name for _, name, _ in self._weights], [w for _, _, w in self._weights])
-        if not self._origin_known and self._last_is_nonfinite():
+        if not self._origin_known and (is_bad or (self._is_alert and self._first_is_nonfinite())):
             # Whether weights were sound is known now, and not any more after the step.
             self._suspect = self._measure_weights()
 
     def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         if self._off:
             return
-        try:
-            with torch.no_grad():
-                if self._sampler.is_open:
+        if self._sampler.is_open:
+            try:
+                with torch.no_grad():
                     self._own_updates = self._sampler.after([weight for _, _, weight in self._weights])
-        except Exception as error:
-            self._fail(error)
+            except Exception as error:
+                self._fail(error)
         if self._attached:
             loss, batch, self.loss, self.batch = self.loss, self.batch, None, None
             self.step(loss, batch=batch)
 
-    def _last_is_nonfinite(self) -> bool:
+    def _first_is_nonfinite(self) -> bool:
         """Whether an element of the first gradient is NaN or Inf: after a bad loss all of them are.
 
         Only on the CPU, where looking waits for nothing.
@@ -653,6 +672,7 @@ class Monitor:
             self._flush()
         if due:
             self._look(step.number, act=True)
+        self._asked = step.number
 
     def _read(self, step: _Step, values: dict[str, Floats]) -> None:
         """Scalars and rows of a step from what came to the host."""
@@ -985,10 +1005,29 @@ class Monitor:
         if not act:
             return
         stop: Finding | None = None
-        for finding in fresh:
+        todo = self._agreed(fresh) if self._agrees else fresh
+        self._asked = number
+        for finding in todo:
             stop = self._act(number, finding) or stop
         if stop is not None:
             raise TrainingStopped(stop, _quietly(diagnose, self._record))
+
+    def _agreed(self, fresh: list[Finding]) -> list[Finding]:
+        """The findings of all ranks, so that all of them do the same. Waits for the other ranks."""
+        found = agreement.gather(fresh)
+        for finding in found:
+            self._found.setdefault((finding.kind, finding.severity), finding)
+        return found
+
+    def _keep_meeting(self) -> None:
+        """A monitor that has failed goes on to meet those of the other ranks, which would wait for it."""
+        while self._asked < self._next - 1 - LAG:
+            self._asked += 1
+            if self._schedule.is_due(self._asked, {}):
+                stops = [self._act(self._asked, finding) for finding in self._agreed([])]
+                for stop in stops:
+                    if stop is not None:
+                        raise TrainingStopped(stop, Diagnosis())
 
     def _act(self, number: int, finding: Finding) -> Finding | None:
         """Do what is to be done about a finding. Gives it back if that is to stop."""
@@ -1000,7 +1039,7 @@ class Monitor:
             self._event(number, "stopped", {"finding": finding.kind})
             return finding
         if action == "clip" and self._threshold is not None:
-            done = self._threshold.recommend(self._record, finding)
+            done = self._threshold.recommend(self._record, finding, agreement.least if self._agrees else None)
             if done is not None:
                 self._event(number, "clip_threshold", done)
                 log.warning("gradkern: clipping at %.4g from now on: %s.", done["to"], done["why"])

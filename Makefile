@@ -10,7 +10,7 @@ BUILT_FROM := setup.py pyproject.toml CMakeLists.txt $(wildcard csrc/*/*)
 # The tools of .venv come before those of the machine, for CMake too.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help build demo test test-cpp test-full test-reference check format gpu bench sanitize wheel clean
+.PHONY: help build demo test test-cpp test-full test-reference check format gpu cuda-report bench sanitize wheel clean
 
 help:
 	@echo "make demo            train a network on real text, with and without clipping"
@@ -22,6 +22,7 @@ help:
 	@echo "make format          put the format right"
 	@echo "make gpu             try everything on this machine's GPU: right or wrong, and how fast"
 	@echo "make bench           the benchmark of the README"
+	@echo "make cuda-report     what the compiled CUDA kernels show without a GPU: registers, loads; needs nvcc"
 	@echo "make sanitize        the C++ tests under the address, undefined and thread sanitizers"
 	@echo "make wheel           dist/gradkern-*.whl"
 	@echo "make clean           forget everything that was built, .venv included"
@@ -83,6 +84,11 @@ gpu: .venv/built
 
 bench: .venv/built
 	$(BIN)/python -m benchmarks
+
+# Not in requirements-dev.txt: it is of use only beside an nvcc.
+cuda-report: .venv/installed
+	$(BIN)/python -m pip install --quiet nvidia-cuda-cuobjdump
+	$(BIN)/python -m tests.cuda.report
 
 sanitize: .venv/installed
 	for sanitizer in address,undefined thread; do \

@@ -15,7 +15,7 @@ from benchmarks.cases import CASES, Case, Setting
 from benchmarks.gradients import Gradients, WrongResult
 from benchmarks.machine import Buffer, describe
 from benchmarks.measure import KINDS, Contender, Effort, Timing, in_turn
-from benchmarks.results import Goal, Results, Row
+from benchmarks.results import Form, Goal, Results, Row
 from benchmarks.rivals import has_optax
 from benchmarks.training import TRAINING_CASES
 
@@ -183,6 +183,29 @@ def test_a_time_is_ours_over_the_rivals(row: Row) -> None:
     goal = Goal("ceiling", "time", floor=1.4)
     assert row.ratio(goal) == pytest.approx(1 / 0.75)
     assert row.verdict(goal) == "floor"
+
+
+@pytest.mark.parametrize(
+    ("form", "value", "words"), [("extra", -3000.0, "-3000 µs"), ("each", 1e6 / 3, "333333 ns")]
+)
+def test_extra_time_is_in_microseconds_and_time_for_each_tensor_in_nanoseconds(
+    row: Row, form: Form, value: float, words: str
+) -> None:
+    goal = Goal("torch", form, floor=value)
+    assert row.ratio(goal) == pytest.approx(value)
+    assert goal.words(row.ratio(goal)) == words
+    assert (row.verdict(goal), row.verdict(Goal("torch", form, floor=value - 1))) == ("floor", "missed")
+
+
+def test_a_goal_may_be_about_one_of_gradkerns_contenders(row: Row) -> None:
+    row.timings.append(Timing("gradkern", "slower", [8.0, 8.0, 8.0]))
+    assert row.ratio(Goal("torch", of="slower")) == 0.5
+    assert row.ratio(Goal("torch")) == row.ratio(Goal("torch", of="clip_")) == 4.0
+    assert row.title(Goal("torch", of="slower")) == "some work: slower"
+
+
+def test_rounds_with_different_work_count_by_the_mean_of_their_medians() -> None:
+    assert Timing("torch", "name", [9.0, 1.0, 2.0, 8.0, 1.0, 3.0], period=3).median_ms == 4.0
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from gradkern import ops, reference
-from gradkern.params import Names, collect
+from gradkern.params import Names
 from gradkern.policies import Decision
 
 
@@ -26,13 +26,17 @@ class Seen(NamedTuple):
     rows: Tensor
     total: Tensor
     names: Names
-    items: Sequence[object]
+    items: Sequence[tuple[str, Tensor]]
     present: list[int] | None
     grads: list[Tensor] | None
 
     def collect(self) -> list[Tensor]:
         """The gradients as a list."""
-        return collect(self.items, "Clipper")[1] if self.grads is None else self.grads
+        if self.grads is not None:
+            return self.grads
+        # The extension has walked them: all are tensors, and those that are present are there once.
+        items = self.items if self.present is None else [self.items[index] for index in self.present]
+        return [param.grad for _, param in items if param.grad is not None]
 
 
 def is_scalar(decision: Decision) -> bool:

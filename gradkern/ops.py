@@ -176,7 +176,7 @@ def apply_(
 
 def unit_sums(tensors: Sequence[Tensor]) -> Tensor:
     """As `reference.unit_sums`, of tensors on one device."""
-    if tensors and all(map(_has_unit_kernel, tensors)):
+    if _have_unit_kernels(tensors):
         sums: Tensor = torch.ops.gradkern.unit_sums(tensors)
         return sums
     return reference.unit_sums(tensors)
@@ -184,8 +184,7 @@ def unit_sums(tensors: Sequence[Tensor]) -> Tensor:
 
 def apply_units_(grads: Sequence[Tensor], coef: Tensor, clip_value: float, nonfinite: str) -> None:
     """As `reference.apply_units_`, of gradients on one device."""
-    has_kernel = grads and all(map(_has_unit_kernel, grads))
-    apply = torch.ops.gradkern.apply_units_ if has_kernel else reference.apply_units_
+    apply = torch.ops.gradkern.apply_units_ if _have_unit_kernels(grads) else reference.apply_units_
     apply(grads, coef, clip_value, nonfinite)
 
 
@@ -241,6 +240,29 @@ def has_kernels(device: torch.device) -> bool:
     if native is None:
         return False
     return device.type == "cpu" or (device.type == "cuda" and not _cuda_problem(device.index or 0))
+
+
+def _have_unit_kernels(tensors: Sequence[Tensor]) -> bool:
+    """Whether there are any, and the units of all, too, lie one behind the other."""
+    if native is None or not tensors:
+        return False
+    if torch.compiler.is_compiling():
+        return all(map(_has_unit_kernel, tensors))
+    for tensor in tensors:
+        # Contiguous tensors of the CPU are by far the most, and told quicker than others. No call per tensor:
+        # with many small ones it takes longer than the work.
+        kind = type(tensor)
+        plain = (
+            (kind is Tensor or kind is torch.nn.Parameter)
+            and tensor.is_cpu
+            and tensor.dtype in _KERNEL_DTYPES
+            and tensor.layout is torch.strided
+            and tensor.is_contiguous()
+            and not tensor.is_neg()
+        )
+        if not plain and not _has_unit_kernel(tensor):
+            return False
+    return True
 
 
 def _has_unit_kernel(tensor: Tensor) -> bool:

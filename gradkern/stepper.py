@@ -252,9 +252,9 @@ class Stepper:
             measured = measured._replace(rows=self._spread(rows, seen.present))
         if not (needs.weight_rows or needs.units):
             return measured
-        weights = [param.detach() for param in self.tracked.params]
+        weights = self.tracked.params
         if needs.weight_rows:
-            measured = measured._replace(weight_rows=ops.measure(weights)[0])
+            measured = measured._replace(weight_rows=self._weight_rows(weights))
         if needs.units:
             full = grads = seen.collect()
             _check_units(self.policy, seen.names, grads)
@@ -267,6 +267,14 @@ class Stepper:
             measured = measured._replace(units=Units(sums, ops.unit_sums(weights), self._unit_ends))
         return measured
 
+    def _weight_rows(self, weights: list[Tensor]) -> Tensor:
+        if ops.native is not None and not torch.compiler.is_compiling():
+            found = ops.native.measure(weights, True)
+            if found is not None and found[2] is None:
+                rows: Tensor = found[0]
+                return rows
+        return ops.measure([weight.detach() for weight in weights])[0]
+
     def _for_present(
         self, measured: Measured, decision: Decision, seen: Seen
     ) -> tuple[Tensor | None, Decision]:
@@ -274,7 +282,8 @@ class Stepper:
         gradients that are there."""
         told = decision.coef
         if decision.unit_coef is not None:
-            left = measured.scaled(decision.coef, decision.unit_coef, self._owners).need_rows().select(-1, 0)
+            before = measured._replace(total=None)  # not asked for, and so not worked out
+            left = before.scaled(decision.coef, decision.unit_coef, self._owners).need_rows().select(-1, 0)
             was = measured.need_rows().select(-1, 0)
             told = torch.where(was > 0, left / was, 1.0).sqrt()
         if seen.present is None:

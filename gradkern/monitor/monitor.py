@@ -12,7 +12,6 @@ from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, TypeAlias, TypeVar
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -22,15 +21,17 @@ from gradkern.diagnosis import Diagnosis, Finding, detect, diagnose
 from gradkern.monitor import actions, agreement
 from gradkern.monitor.actions import Action, ClipThreshold, TrainingStopped
 from gradkern.monitor.exponents import histogram
-from gradkern.monitor.hooks import ACT_KINDS, GRAD_KINDS, Observer
-from gradkern.monitor.host import Floats, Parcel, is_plain
+from gradkern.monitor.hooks import Observer
+from gradkern.monitor.host import Parcel, is_plain
+from gradkern.monitor.ledger import GRAD_COUNTS, GRAD_ROWS, UPDATE_ROWS, WEIGHT_ROWS, Ledger, Step
 from gradkern.monitor.meta import describe, tensors_in
 from gradkern.monitor.probe import probe_time
+from gradkern.monitor.reading import Reader
 from gradkern.monitor.replay import Replay
 from gradkern.monitor.schedule import LAG, Schedule
-from gradkern.monitor.sinks import Sink, Window
-from gradkern.monitor.updates import UpdateSampler, norm_and_error
-from gradkern.record import MemoryRecord, Record, Recorder, Writer
+from gradkern.monitor.sinks import Outlet, Sink
+from gradkern.monitor.updates import UpdateSampler
+from gradkern.record import MemoryRecord, Record, Writer
 from gradkern.stats import GradStats
 from gradkern.tracked import Tracked
 
@@ -43,11 +44,6 @@ Loss: TypeAlias = Tensor | float
 Batch: TypeAlias = Any
 T = TypeVar("T")
 
-# Steps that are put into the record at once, and the longest time that any waits for it: with the half second
-# of the writer a killed process loses less than a second.
-BLOCK: Final = 32
-BLOCK_SECONDS: Final = 0.4
-
 # The history in memory: 17 scalars of 16 bytes, 15 kinds of rows, each with as much again to grow into.
 MAX_STEPS: Final = 1 << 15
 MAX_ROW_BYTES: Final = 3 << 19
@@ -56,29 +52,8 @@ MAX_ROW_BYTES: Final = 3 << 19
 # every step is looked at before the optimizer makes it.
 ALERT: Final = 1e12
 
-_GRAD_ROWS: Final = ("grad_norm", "grad_abs_max")
-_GRAD_COUNTS: Final = ("grad_nan", "grad_inf", "grad_zero")
-_WEIGHT_ROWS: Final = ("weight_norm", "weight_abs_max", "weight_nan", "weight_inf")
-_UPDATE_ROWS: Final = ("update_norm", "update_stderr")
-
 # Keys of a batch given as a mapping that hold what is to be predicted.
 _TARGETS: Final = frozenset({"target", "targets", "label", "labels", "y"})
-
-
-class _Step:
-    """What is known of a step, on its way to the record."""
-
-    __slots__ = ("coef", "columns", "number", "parcel", "rows", "scalars", "times", "total")
-
-    def __init__(self, number: int) -> None:
-        self.number = number
-        self.scalars: dict[str, float] = {}
-        self.parcel: Parcel | None = None
-        self.rows: Floats | None = None
-        self.total: Sequence[float] | None = None
-        self.coef: float | None = None
-        self.columns: list[int] | None = None  # where the rows belong, None for all in order
-        self.times: dict[str, Any] = {}
 
 
 class Monitor:
@@ -174,27 +149,20 @@ class Monitor:
         self._handles: list[Any] = []
         self._attached = False
         self._every, self._weights_every, self._activations_every = every, weights_every, activations_every
-        self._sinks, self._sink_every, self._per_tensor = list(sinks), sink_every, per_tensor
-        self._window, self._told_nonfinite = Window(), False
+        self._outlet = Outlet(sinks, sink_every, per_tensor)
 
         self._record = MemoryRecord(max_steps=MAX_STEPS, max_bytes=MAX_ROW_BYTES)
         self._writer = None if path is None else Writer(path, max_bytes=max_bytes)
-        self._recorders: list[Recorder] = (
-            [self._record] if self._writer is None else [self._record, self._writer]
-        )
+        self._ledger = Ledger(self._record, self._writer, weights_every)
+        self._reader = Reader(self._ledger)
         self._next = 0 if self._writer is None else _last_step(path) + 1
         self._first = self._next
-        self._meta: dict[str, Any] = {}
-        self._names: list[str] = []
-        self._places: dict[str, int] = {}
         self._weights: list[tuple[int, str, Tensor]] = []
         self._seen_names: tuple[Any, ...] | None = None
         self._seen_columns: list[int] | None = None
-        self._kinds: dict[str, list[str]] = {}
 
-        self._pending: deque[_Step] = deque()
-        self._block: list[_Step] = []
-        self._flushed_at = self._last_time = time.perf_counter()
+        self._pending: deque[Step] = deque()
+        self._last_time = time.perf_counter()
         self._agrees = bool(self._on.keys()) and agreement.is_needed()
         self._schedule = Schedule(self._first, agreement.EVERY if self._agrees else None)
         self._found: dict[tuple[str, str], Finding] = {}
@@ -212,9 +180,7 @@ class Monitor:
         self._sampler = UpdateSampler()
         self._observer = Observer(self._model)
         self._scale: Tensor | None = None
-        self._tally: Tensor | None = None
         self._asked = self._first - 1  # the last step of which it was asked whether to look
-        self._origin_known = False
         self._is_alert = True
         self._off = self._closed = False
         self._replay = Replay(self._model) if keep_batch else None
@@ -312,7 +278,7 @@ class Monitor:
         """Put the clipper's threshold back to what it was before the last action "clip", if there was one."""
         done = None if self._threshold is None else self._threshold.undo()
         if done is not None:
-            self._event(self._next, "clip_threshold", done)
+            self._ledger.event(self._next, "clip_threshold", done)
         return done is not None
 
     def replay(self) -> Replay:
@@ -336,8 +302,8 @@ class Monitor:
         """
         norms = probe_time(step_fn, self._model, module=module)
         if not self._off:
-            self._set_names("time_grad_norm", [str(time) for time in range(len(norms))])
-            self._put("time_grad_norm", max(self._next - 1, 0), norms.cpu().numpy())
+            self._ledger.set_names("time_grad_norm", [str(time) for time in range(len(norms))])
+            self._ledger.put_row("time_grad_norm", max(self._next - 1, 0), norms.cpu().numpy())
         return norms
 
     def close(self) -> None:
@@ -347,13 +313,7 @@ class Monitor:
         self._catch_up()
         self._closed = self._off = True
         self._take_away()
-        for sink in self._sinks:
-            close = getattr(sink, "close", None)
-            if callable(close):
-                try:
-                    close()
-                except Exception as error:
-                    log.warning("gradkern: closing %s failed: %s", type(sink).__name__, error)
+        self._outlet.close()
         if self._writer is not None:
             self._writer.close()
 
@@ -379,7 +339,7 @@ class Monitor:
     ) -> None:
         number = self._next
         self._next += 1
-        step = _Step(number)
+        step = Step(number)
         if self._tracked.refresh():
             self._describe(self._optimizer)
         now = time.perf_counter()
@@ -418,12 +378,12 @@ class Monitor:
     def _is_weights_step(self, number: int) -> bool:
         return number % self._weights_every == 0
 
-    def _parcel(self, step: _Step) -> Parcel:
+    def _parcel(self, step: Step) -> Parcel:
         if step.parcel is None:
             step.parcel = Parcel()
         return step.parcel
 
-    def _take_loss(self, step: _Step, loss: Loss | None) -> None:
+    def _take_loss(self, step: Step, loss: Loss | None) -> None:
         if isinstance(loss, Tensor):
             if loss.numel() != 1:
                 raise ValueError(f"loss must be one number, got {list(loss.shape)}")
@@ -434,7 +394,7 @@ class Monitor:
         elif loss is not None:
             step.scalars["loss"] = float(loss)
 
-    def _take_rate(self, step: _Step) -> None:
+    def _take_rate(self, step: Step) -> None:
         if self._optimizer is None:
             return
         rates = [group["lr"] for group in self._optimizer.param_groups if "lr" in group]
@@ -444,7 +404,7 @@ class Monitor:
         elif rates:
             self._parcel(step).put("lr", torch.stack([rate.reshape(()) for rate in rates]).amax())
 
-    def _take_stats(self, step: _Step, stats: GradStats | Tensor | float | None) -> None:
+    def _take_stats(self, step: Step, stats: GradStats | Tensor | float | None) -> None:
         own, self._own_stats = self._own_stats, None
         self._handed = isinstance(stats, GradStats)
         if stats is None and self._clipper is not None:
@@ -478,7 +438,7 @@ class Monitor:
         if coef is not None or isinstance(found._clip_value, Tensor):
             parcel.put("clipped_norm", found.clipped_norm)
 
-    def _take_clipper(self, step: _Step, clipper: Clipper) -> None:
+    def _take_clipper(self, step: Step, clipper: Clipper) -> None:
         stepper = clipper._stepper
         threshold = stepper.info.get("threshold")
         if stepper.max_norm < math.inf:
@@ -487,7 +447,7 @@ class Monitor:
             self._parcel(step).put("clip_threshold", threshold)
         self._parcel(step).put("tally", stepper.tally.counts)
 
-    def _take_scale(self, step: _Step, scaler: torch.amp.GradScaler) -> None:
+    def _take_scale(self, step: Step, scaler: torch.amp.GradScaler) -> None:
         scale = scaler._get_scale_async()
         if scale is None:
             return
@@ -497,7 +457,7 @@ class Monitor:
             parcel.put("scale_before", self._scale)
         self._scale = scale.clone()
 
-    def _take_batch(self, step: _Step, batch: Batch) -> None:
+    def _take_batch(self, step: Step, batch: Batch) -> None:
         inputs, targets = _split(batch)
         for word, tensors in (("data", inputs), ("target", targets)):
             kept = [t for t in tensors if is_plain(t) and t.is_floating_point() and t.numel()]
@@ -512,7 +472,7 @@ class Monitor:
                 parcel.put("data_sum", torch.stack(sums).sum())
             step.times[f"{word}_numel"] = sum(tensor.numel() for tensor in kept)
 
-    def _take_extras(self, step: _Step) -> None:
+    def _take_extras(self, step: Step) -> None:
         """Of this step, what was measured around the optimizer."""
         if self._own_weights is not None:
             self._parcel(step).put("weights", self._own_weights)
@@ -533,13 +493,13 @@ class Monitor:
             self._parcel(step).put("found_inf", self._found_inf.reshape(()))
             self._found_inf = None
 
-    def _take_activations(self, step: _Step) -> None:
+    def _take_activations(self, step: Step) -> None:
         self._observer.remove()
         modules = self._observer.take_modules()
         seen = self._observer.take()
         modules = modules or self._observer.take_modules()
         if modules is not None:
-            self._set_meta({"modules": modules[0], "amp": modules[1] or {}})
+            self._ledger.set_meta({"modules": modules[0], "amp": modules[1] or {}})
         if seen is not None:
             seen.send()
             step.times["activations"] = seen
@@ -581,14 +541,14 @@ class Monitor:
                     stats.per_tensor.scaled(inverse).data, stats.scaled(inverse).data, stats._names
                 )
             self._own_stats = stats
-            if not self._origin_known and stats.data.device.type == "cpu":
+            if not self._reader.origin_known and stats.data.device.type == "cpu":
                 _, _, nan_count, inf_count, _ = stats.data.tolist()
                 is_bad = nan_count + inf_count > 0
         if self._is_weights_step(self._next):
             self._own_weights = self._measure_weights()
             self._own_exponents = self._measure_exponents()
             self._sampler.before([name for _, name, _ in self._weights], [w for _, _, w in self._weights])
-        if not self._origin_known and (is_bad or (self._is_alert and self._first_is_nonfinite())):
+        if not self._reader.origin_known and (is_bad or (self._is_alert and self._first_is_nonfinite())):
             # Whether weights were sound is known now, and not any more after the step.
             self._suspect = self._measure_weights()
 
@@ -642,301 +602,45 @@ class Monitor:
         key = (names._labels, names.present, names._kind, len(names))
         if key != self._seen_names:
             columns = [self._place(name) for name in names.to_list()]
-            is_all = columns == list(range(len(self._names)))
+            is_all = columns == list(range(len(self._ledger.names)))
             self._seen_names, self._seen_columns = key, None if is_all else columns
         return self._seen_columns
 
     def _place(self, name: str) -> int:
         """The column of a name; -1 if it is none of ours. Parameters without names are known by position."""
         for known in (name, name.removeprefix("_orig_mod."), name.removeprefix("module.")):
-            if known in self._places:
-                return self._places[known]
+            if known in self._ledger.places:
+                return self._ledger.places[known]
         if name.startswith("parameters[") and name.endswith("]"):
             number = int(name[len("parameters[") : -1])
-            return number if number < len(self._names) else -1
+            return number if number < len(self._ledger.names) else -1
         return -1
 
     # Two steps later, on the host.
 
-    def _settle(self, step: _Step) -> None:
+    def _settle(self, step: Step) -> None:
         values = {} if step.parcel is None else step.parcel.open()
-        self._read(step, values)
-        self._block.append(step)
-        if self._sinks:
-            self._tell_sinks(step)
-        if not self._origin_known:
-            self._look_for_origin(step, values)
+        self._reader.read(step, values)
+        self._ledger.add(step)
+        if self._outlet:
+            self._outlet.tell(step, self._ledger.names)
+        if not self._reader.origin_known:
+            self._reader.look_for_origin(step, values)
         due = self._schedule.is_due(step.number, step.scalars)
-        now = time.perf_counter()
-        if due or len(self._block) >= BLOCK or now - self._flushed_at > BLOCK_SECONDS:
-            self._flush()
+        if due or self._ledger.is_due:
+            self._ledger.flush()
         if due:
             self._look(step.number, act=True)
         self._asked = step.number
 
-    def _read(self, step: _Step, values: dict[str, Floats]) -> None:
-        """Scalars and rows of a step from what came to the host."""
-        scalars, times = step.scalars, step.times
-        for name in ("loss", "lr", "clip_threshold"):
-            if name in values:
-                scalars[name] = float(values[name].reshape(-1)[0])
-        if "rows" in values:
-            step.rows, step.total = values["rows"], values["total"].tolist()
-        if step.total is not None:
-            self._read_gradients(step, values)
-        if "tally" in values:
-            skipped = float(values["tally"][1])
-            before = 0.0 if self._tally is None else float(self._tally[1])
-            self._tally = values["tally"]  # type: ignore[assignment]
-            scalars["skipped"] = float(skipped > before)
-        if "found_inf" in values:
-            scalars["skipped"] = max(scalars.get("skipped", 0.0), float(values["found_inf"] != 0))
-        if "scale" in values:
-            now = float(values["scale"])
-            before = float(values.get("scale_before", values["scale"]))
-            is_first = "scale_before" not in values
-            fell = now < before or (is_first and scalars.get("nonfinite_count", 0.0) > 0)
-            scalars["loss_scale"] = before
-            scalars["skipped"] = max(scalars.get("skipped", 0.0), float(fell))
-            if fell:
-                self._event(step.number, "amp_backoff", {"scale": now})
-        elif scalars.get("skipped"):
-            self._event(step.number, "skip", {})
-        if "data" in values or "target" in values:
-            self._read_batch(step, values)
-        if "weights" in values:
-            scalars["weight_norm"] = math.sqrt(float(values["weights"][:, 0].sum()))
-            times["weights"] = values["weights"]
-        if "updates" in values:
-            pairs = [
-                norm_and_error(sums[0], sums[1], taken, numel)
-                for sums, (taken, numel) in zip(values["updates"].tolist(), times["sizes"], strict=True)
-            ]
-            times["updates"] = np.array(pairs)
-            scalars["update_norm"] = math.sqrt(sum(norm**2 for norm, _ in pairs))
-        if "exponents" in values:
-            times["exponents"] = values["exponents"]
-
-    def _read_gradients(self, step: _Step, values: dict[str, Floats]) -> None:
-        scalars, times, total = step.scalars, step.times, step.total
-        assert total is not None
-        finite = math.sqrt(total[0])
-        norm = math.nan if total[2] > 0 else math.inf if total[3] > 0 else finite
-        scalars["grad_finite_norm"] = finite
-        scalars["nonfinite_count"] = total[2] + total[3]
-        before = times.get("norm_before")
-        if "norm_before" in values:
-            before = float(values["norm_before"])
-        if before is not None:
-            # Somebody else has clipped, and what was measured is what is left.
-            scalars["grad_norm"], scalars["grad_clipped_norm"] = before, norm
-            scalars["grad_finite_norm"] = before if math.isfinite(before) else finite
-            scalars["clip_coef"] = norm / before if before > 0 and math.isfinite(before) else 1.0
-            return
-        scalars["grad_norm"] = norm
-        if "clipped_norm" in values:
-            coef = values.get("coef")
-            scalars["clip_coef"] = 1.0 if coef is None or not coef.size else float(coef.min())
-            clipped = float(values["clipped_norm"])
-        else:
-            coef_host = 1.0 if step.coef is None else step.coef
-            propagates, bound = times.get("word") == "propagate", times.get("bound", math.inf)
-            clipped = (norm if propagates else finite) * coef_host
-            if bound < math.inf and (total[1] * coef_host > bound or (propagates and total[3] > 0)):
-                clipped = math.nan
-            scalars["clip_coef"] = coef_host
-        if not math.isnan(clipped) or math.isnan(norm):
-            scalars["grad_clipped_norm"] = clipped
-        if scalars["clip_coef"] < 1 and "clip_threshold" not in scalars and math.isfinite(clipped):
-            scalars["clip_threshold"] = clipped
-
-    def _read_batch(self, step: _Step, values: dict[str, Floats]) -> None:
-        bad = 0.0
-        for word in ("data", "target"):
-            if word in values:
-                total = values[word].tolist()
-                step.scalars[f"{word}_abs_max"] = total[1]
-                bad += total[2] + total[3]
-        step.scalars["data_nonfinite"] = bad
-        if "data_sum" in values and not bad:
-            numel = step.times["data_numel"]
-            mean = float(values["data_sum"]) / numel
-            step.scalars["data_std"] = math.sqrt(max(float(values["data"][0]) / numel - mean**2, 0.0))
-
-    def _look_for_origin(self, step: _Step, values: dict[str, Floats]) -> None:
-        """Name the first tensor that is not finite, and what came first: once a run."""
-        scalars = step.scalars
-        is_lost = not math.isfinite(scalars.get("loss", 0.0))
-        bad_grads = scalars.get("nonfinite_count", 0.0) > 0
-        weights = values.get("suspect", values.get("weights"))
-        bad_weights = [] if weights is None else np.flatnonzero(weights[:, 2] + weights[:, 3] > 0).tolist()
-        bad_data = scalars.get("data_nonfinite", 0.0) > 0
-        if not (is_lost or bad_grads or bad_weights or bad_data):
-            return
-        if scalars.get("skipped") and not is_lost and "scale" in values:
-            return  # a GradScaler at work
-        self._origin_known = True
-        where, name = "forward", ""
-        if bad_data:
-            where = "data"
-        elif bad_weights:
-            where, name = "optimizer", self._weights[bad_weights[0]][1]
-        elif is_lost:
-            where, name = self._first_bad_module(step)
-        elif bad_grads:
-            where, name = "backward", self._last_bad_gradient(step)
-        self._event(step.number, "first_nonfinite", {"where": where, "name": name, "step": step.number})
-
-    def _first_bad_module(self, step: _Step) -> tuple[str, str]:
-        """Where a loss was lost although weights and data were sound: the first module, or the loss."""
-        seen = step.times.get("activations")
-        if seen is None:
-            return "forward", ""
-        found = seen.open()
-        rows = {name[4:]: row for name, row in found.items() if name.startswith("act/")}
-        for module in self._meta.get("modules", []):
-            row = rows.get(module["name"])
-            if row is not None and row[2] + row[3] > 0:
-                return "forward", str(module["name"])
-        return ("loss", "") if rows else ("forward", "")
-
-    def _last_bad_gradient(self, step: _Step) -> str:
-        """The last in forward order: backward comes to it first."""
-        assert step.rows is not None
-        bad = np.flatnonzero(step.rows[:, 2] + step.rows[:, 3] > 0).tolist()
-        columns = bad if step.columns is None else [step.columns[row] for row in bad]
-        order = {module["name"]: module["order"] for module in self._meta.get("modules", [])}
-        known = [column for column in columns if column >= 0]
-        if not known:
-            return ""
-        owner = {p["name"]: p["module"] for p in self._meta["parameters"]}
-        last: str = max(
-            (self._names[column] for column in known),
-            key=lambda name: (order.get(owner.get(name, ""), -1), self._places[name]),
-        )
-        return last
-
-    def _flush(self) -> None:
-        """Put what has been settled into the record, and into the file."""
-        block, self._block = self._block, []
-        self._flushed_at = time.perf_counter()
-        columns: dict[str, tuple[list[int], list[float]]] = {}
-        for step in block:
-            if self._writer is not None:
-                self._writer.put_scalars(step.number, step.scalars)
-            for name, value in step.scalars.items():
-                numbers, values = columns.setdefault(name, ([], []))
-                numbers.append(step.number)
-                values.append(value)
-        for name, (numbers, values) in columns.items():
-            self._record.put_scalar_block(name, np.array(numbers), np.array(values, np.float64))
-        with_rows = [step for step in block if step.rows is not None]
-        if with_rows:
-            self._put_gradients(with_rows)
-        for step in block:
-            if step.times:
-                self._put_slow(step)
-
-    def _put_gradients(self, steps: list[_Step]) -> None:
-        width = len(self._names)
-        rows = np.full((len(steps), width, 5), np.nan)
-        for place, step in enumerate(steps):
-            assert step.rows is not None
-            if step.columns is None:
-                rows[place] = step.rows
-            else:
-                kept = [column for column in step.columns if column >= 0]
-                rows[place, kept] = (
-                    step.rows
-                    if len(kept) == len(step.columns)
-                    else step.rows[[row for row, column in enumerate(step.columns) if column >= 0]]
-                )
-        numbers = np.array([step.number for step in steps])
-        table = np.stack([np.sqrt(rows[:, :, 0]), rows[:, :, 1]])
-        for kind, values in zip(_GRAD_ROWS, table, strict=True):
-            self._record.put_row_block(kind, numbers, values)
-        for place, step in enumerate(steps):
-            if self._writer is not None:
-                self._writer.put_table(_GRAD_ROWS, step.number, table[:, place])
-            # Counts are kept where there are any; the share of zeros is looked at as often as the weights.
-            if step.scalars["nonfinite_count"] > 0:
-                self._put("grad_nan", step.number, rows[place, :, 2])
-                self._put("grad_inf", step.number, rows[place, :, 3])
-            if self._is_weights_step(step.number):
-                self._put("grad_zero", step.number, rows[place, :, 4] / self._numels)
-
-    def _put_slow(self, step: _Step) -> None:
-        times = step.times
-        weights = times.get("weights")
-        if weights is not None and len(weights) == len(self._kinds["weight_norm"]):
-            self._put("weight_norm", step.number, np.sqrt(weights[:, 0]))
-            for column, kind in ((1, "weight_abs_max"), (2, "weight_nan"), (3, "weight_inf")):
-                self._put(kind, step.number, weights[:, column])
-        updates = times.get("updates")
-        if updates is not None and len(updates) == len(self._kinds["update_norm"]):
-            self._put("update_norm", step.number, updates[:, 0])
-            self._put("update_stderr", step.number, updates[:, 1])
-        if "exponents" in times:
-            self._set_names("exponents", times["exponent_names"])
-            for recorder in self._recorders:
-                recorder.put_exponents(step.number, times["exponents"])
-        if "activations" in times:
-            self._put_activations(step.number, times["activations"].open())
-
-    def _put_activations(self, number: int, found: dict[str, Floats]) -> None:
-        columns: dict[str, dict[str, float]] = {kind: {} for kind in (*ACT_KINDS, *GRAD_KINDS)}
-        for key, value in found.items():
-            what, _, path = key.partition("/")
-            if what == "act":
-                columns["act_nonfinite"][path] = float(value[2] + value[3])
-                columns["act_abs_max"][path] = float(value[1])
-            elif what == "out":
-                # NaN would say that it was not measured.
-                numbers = np.nan_to_num(value, nan=math.inf)
-                for kind, number_of in zip(GRAD_KINDS, numbers.tolist(), strict=True):
-                    columns[kind][path] = number_of
-                columns["out_grad_unit_above_one"][path] = float(value[1])
-            else:
-                columns[what][path] = float(value)
-        order = {module["name"]: module["order"] for module in self._meta.get("modules", [])}
-        for kind, by_module in columns.items():
-            if not by_module:
-                continue
-            known = self._kinds.get(kind, [])
-            if not by_module.keys() <= set(known):
-                names = sorted({*known, *by_module}, key=lambda name: order.get(name, len(order)))
-                self._set_names(kind, names)
-            self._put(kind, number, [by_module.get(name, math.nan) for name in self._kinds[kind]])
-
-    def _put(self, kind: str, number: int, values: Any) -> None:
-        for recorder in self._recorders:
-            recorder.put_rows(kind, number, values)
-
-    def _set_names(self, kind: str, names: list[str]) -> None:
-        if self._kinds.get(kind) != names:
-            self._kinds[kind] = list(names)
-            for recorder in self._recorders:
-                recorder.set_names(kind, names)
-
-    def _set_meta(self, meta: Mapping[str, Any]) -> None:
-        self._meta.update(meta)
-        for recorder in self._recorders:
-            recorder.set_meta(meta)
-
-    def _event(self, number: int, kind: str, detail: Mapping[str, Any]) -> None:
-        for recorder in self._recorders:
-            recorder.put_event(number, kind, detail)
-
     def _describe(self, optimizer: torch.optim.Optimizer | None) -> None:
         """Names and description of parameters as they are now."""
-        if self._names:
+        if self._ledger.names:
             while self._pending:
                 self._settle_quietly(self._pending.popleft())
-            self._flush()
-        self._names = self._tracked.names
-        self._places = {name: place for place, name in enumerate(self._names)}
+            self._ledger.flush()
+        self._ledger.set_parameters(self._tracked.names, [param.numel() for param in self._tracked.params])
         self._seen_names = None
-        self._numels = np.array([max(param.numel(), 1) for param in self._tracked.params], np.float64)
         self._weights = [
             (place, name, param)
             for place, (name, param) in enumerate(self._tracked.items)
@@ -944,46 +648,12 @@ class Monitor:
         ]
         self._sampler.forget()
         self._own_weights = self._own_updates = self._suspect = None
-        if self._names:
-            for kind in (*_GRAD_ROWS, *_GRAD_COUNTS):
-                self._set_names(kind, self._names)
-            for kind in (*_WEIGHT_ROWS, *_UPDATE_ROWS):
-                self._set_names(kind, [name for _, name, _ in self._weights])
-        self._set_meta(describe(self._model, optimizer, self._clipper))
-
-    def _tell_sinks(self, step: _Step) -> None:
-        is_bad = any(
-            not math.isfinite(step.scalars.get(name, 0.0))
-            for name in ("loss", "grad_norm", "grad_clipped_norm")
-        )
-        self._window.add(step.scalars)
-        values: dict[str, float] = {}
-        if (step.number + 1) % self._sink_every == 0:
-            values, self._told_nonfinite = self._window.take(), False
-        elif is_bad and not self._told_nonfinite:
-            # Shown at once and as it is: the averages leave it out.
-            single = Window()
-            single.add(step.scalars)
-            values, self._told_nonfinite = single.take(), True
-        if not values:
-            return
-        if self._per_tensor and step.rows is not None:
-            columns = range(len(step.rows)) if step.columns is None else step.columns
-            for row, column in zip(step.rows.tolist(), columns, strict=True):
-                norm = math.nan if row[2] > 0 else math.inf if row[3] > 0 else math.sqrt(row[0])
-                if column >= 0:
-                    values[f"grad_norm/{self._names[column]}"] = norm
-        for sink in list(self._sinks):
-            try:
-                sink.write(step.number, values)
-            except Exception as error:
-                self._sinks.remove(sink)
-                log.warning(
-                    "gradkern: %s failed and is not written to any more: %s: %s",
-                    type(sink).__name__,
-                    type(error).__name__,
-                    error,
-                )
+        if self._ledger.names:
+            for kind in (*GRAD_ROWS, *GRAD_COUNTS):
+                self._ledger.set_names(kind, self._ledger.names)
+            for kind in (*WEIGHT_ROWS, *UPDATE_ROWS):
+                self._ledger.set_names(kind, [name for _, name, _ in self._weights])
+        self._ledger.set_meta(describe(self._model, optimizer, self._clipper))
 
     # Findings.
 
@@ -1036,12 +706,12 @@ class Monitor:
             return None
         actions.say(finding)
         if action == "stop":
-            self._event(number, "stopped", {"finding": finding.kind})
+            self._ledger.event(number, "stopped", {"finding": finding.kind})
             return finding
         if action == "clip" and self._threshold is not None:
             done = self._threshold.recommend(self._record, finding, agreement.least if self._agrees else None)
             if done is not None:
-                self._event(number, "clip_threshold", done)
+                self._ledger.event(number, "clip_threshold", done)
                 log.warning("gradkern: clipping at %.4g from now on: %s.", done["to"], done["why"])
         elif callable(action):
             try:
@@ -1061,22 +731,21 @@ class Monitor:
         try:
             while self._pending:
                 self._settle_quietly(self._pending.popleft())
-            if self._block:
-                self._flush()
+            self._ledger.flush()
             if look:
                 self._look(self._next - 1, act=False)
         except Exception as error:
             self._fail(error)
 
-    def _settle_quietly(self, step: _Step) -> None:
+    def _settle_quietly(self, step: Step) -> None:
         """As `_settle`, but nothing is done about what is found."""
         values = {} if step.parcel is None else step.parcel.open()
-        self._read(step, values)
-        self._block.append(step)
-        if self._sinks:
-            self._tell_sinks(step)
-        if not self._origin_known:
-            self._look_for_origin(step, values)
+        self._reader.read(step, values)
+        self._ledger.add(step)
+        if self._outlet:
+            self._outlet.tell(step, self._ledger.names)
+        if not self._reader.origin_known:
+            self._reader.look_for_origin(step, values)
 
     # Coming and going.
 

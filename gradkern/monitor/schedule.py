@@ -35,7 +35,7 @@ class Schedule:
     >>> from gradkern.monitor.schedule import Schedule
     >>> schedule = Schedule(0)
     >>> [step for step in range(40) if schedule.is_due(step, {"loss": 1.0})]
-    [9, 19, 29, 39]
+    [9, 19, 29]
     """
 
     def __init__(self, first: int, every: int | None = None) -> None:

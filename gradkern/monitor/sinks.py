@@ -11,12 +11,16 @@ import logging
 import math
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
+from gradkern.monitor.ledger import Step
+
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
+
+log = logging.getLogger("gradkern")
 
 # What is shown on one line of a log; the rest is for charts.
 _SHOWN: Final = (
@@ -172,6 +176,68 @@ class MlflowSink:
             for name, value in values.items()
         ]
         self._client.log_batch(self._run_id, metrics=metrics, synchronous=False)
+
+
+class Outlet:
+    """Calls sinks at a bounded rate, and leaves out those that fail.
+
+    Args:
+        sinks: to be called.
+        every: steps between two calls.
+        per_tensor: whether the norm of every gradient is sent too.
+    """
+
+    def __init__(self, sinks: Sequence[Sink], every: int, per_tensor: bool) -> None:
+        self._sinks, self._every, self._per_tensor = list(sinks), every, per_tensor
+        self._window, self._told_nonfinite = Window(), False
+
+    def __bool__(self) -> bool:
+        return bool(self._sinks)
+
+    def tell(self, step: Step, names: Sequence[str]) -> None:
+        """Take a step; call the sinks if it is time. `names`: of the parameters."""
+        is_bad = any(
+            not math.isfinite(step.scalars.get(name, 0.0))
+            for name in ("loss", "grad_norm", "grad_clipped_norm")
+        )
+        self._window.add(step.scalars)
+        values: dict[str, float] = {}
+        if (step.number + 1) % self._every == 0:
+            values, self._told_nonfinite = self._window.take(), False
+        elif is_bad and not self._told_nonfinite:
+            # Shown at once and as it is: the averages leave it out.
+            single = Window()
+            single.add(step.scalars)
+            values, self._told_nonfinite = single.take(), True
+        if not values:
+            return
+        if self._per_tensor and step.rows is not None:
+            columns = range(len(step.rows)) if step.columns is None else step.columns
+            for row, column in zip(step.rows.tolist(), columns, strict=True):
+                norm = math.nan if row[2] > 0 else math.inf if row[3] > 0 else math.sqrt(row[0])
+                if column >= 0:
+                    values[f"grad_norm/{names[column]}"] = norm
+        for sink in list(self._sinks):
+            try:
+                sink.write(step.number, values)
+            except Exception as error:
+                self._sinks.remove(sink)
+                log.warning(
+                    "gradkern: %s failed and is not written to any more: %s: %s",
+                    type(sink).__name__,
+                    type(error).__name__,
+                    error,
+                )
+
+    def close(self) -> None:
+        """Close the sinks that can be closed."""
+        for sink in self._sinks:
+            close = getattr(sink, "close", None)
+            if callable(close):
+                try:
+                    close()
+                except Exception as error:
+                    log.warning("gradkern: closing %s failed: %s", type(sink).__name__, error)
 
 
 class Window:

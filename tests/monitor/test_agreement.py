@@ -37,7 +37,7 @@ try:
             model.weight.grad.fill_(math.nan)
         optimizer.step()
         if rank == 0 and step == broken:
-            monitor._read = None
+            monitor._reader = None
         made = step
         monitor.step(math.nan if bad else 1.0)
 except gradkern.TrainingStopped as stopped:

@@ -1,0 +1,166 @@
+"""What a step's numbers mean, once they are on the host."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from gradkern.monitor.host import Floats
+from gradkern.monitor.ledger import Ledger, Step
+from gradkern.monitor.updates import norm_and_error
+
+
+class Reader:
+    """Fills in the scalars of steps, in their order, and names where NaN or Inf came from first.
+
+    Attributes:
+        origin_known: whether that has been named: once a run.
+    """
+
+    def __init__(self, ledger: Ledger) -> None:
+        self._ledger = ledger
+        self._skipped = 0.0  # steps that the clipper has skipped so far
+        self.origin_known = False
+
+    def read(self, step: Step, values: dict[str, Floats]) -> None:
+        """Scalars and rows of a step from what came to the host."""
+        scalars, times = step.scalars, step.times
+        for name in ("loss", "lr", "clip_threshold"):
+            if name in values:
+                scalars[name] = float(values[name].reshape(-1)[0])
+        if "rows" in values:
+            step.rows, step.total = values["rows"], values["total"].tolist()
+        if step.total is not None:
+            self._read_gradients(step, values)
+        if "tally" in values:
+            skipped, before = float(values["tally"][1]), self._skipped
+            scalars["skipped"], self._skipped = float(skipped > before), skipped
+        if "found_inf" in values:
+            scalars["skipped"] = max(scalars.get("skipped", 0.0), float(values["found_inf"] != 0))
+        if "scale" in values:
+            now = float(values["scale"])
+            before = float(values.get("scale_before", values["scale"]))
+            is_first = "scale_before" not in values
+            fell = now < before or (is_first and scalars.get("nonfinite_count", 0.0) > 0)
+            scalars["loss_scale"] = before
+            scalars["skipped"] = max(scalars.get("skipped", 0.0), float(fell))
+            if fell:
+                self._ledger.event(step.number, "amp_backoff", {"scale": now})
+        elif scalars.get("skipped"):
+            self._ledger.event(step.number, "skip", {})
+        if "data" in values or "target" in values:
+            self._read_batch(step, values)
+        if "weights" in values:
+            scalars["weight_norm"] = math.sqrt(float(values["weights"][:, 0].sum()))
+            times["weights"] = values["weights"]
+        if "updates" in values:
+            pairs = [
+                norm_and_error(sums[0], sums[1], taken, numel)
+                for sums, (taken, numel) in zip(values["updates"].tolist(), times["sizes"], strict=True)
+            ]
+            times["updates"] = np.array(pairs)
+            scalars["update_norm"] = math.sqrt(sum(norm**2 for norm, _ in pairs))
+        if "exponents" in values:
+            times["exponents"] = values["exponents"]
+
+    def _read_gradients(self, step: Step, values: dict[str, Floats]) -> None:
+        scalars, times, total = step.scalars, step.times, step.total
+        assert total is not None
+        finite = math.sqrt(total[0])
+        norm = math.nan if total[2] > 0 else math.inf if total[3] > 0 else finite
+        scalars["grad_finite_norm"] = finite
+        scalars["nonfinite_count"] = total[2] + total[3]
+        before = times.get("norm_before")
+        if "norm_before" in values:
+            before = float(values["norm_before"])
+        if before is not None:
+            # Somebody else has clipped, and what was measured is what is left.
+            scalars["grad_norm"], scalars["grad_clipped_norm"] = before, norm
+            scalars["grad_finite_norm"] = before if math.isfinite(before) else finite
+            scalars["clip_coef"] = norm / before if before > 0 and math.isfinite(before) else 1.0
+            return
+        scalars["grad_norm"] = norm
+        if "clipped_norm" in values:
+            coef = values.get("coef")
+            scalars["clip_coef"] = 1.0 if coef is None or not coef.size else float(coef.min())
+            clipped = float(values["clipped_norm"])
+        else:
+            coef_host = 1.0 if step.coef is None else step.coef
+            propagates, bound = times.get("word") == "propagate", times.get("bound", math.inf)
+            clipped = (norm if propagates else finite) * coef_host
+            if bound < math.inf and (total[1] * coef_host > bound or (propagates and total[3] > 0)):
+                clipped = math.nan
+            scalars["clip_coef"] = coef_host
+        if not math.isnan(clipped) or math.isnan(norm):
+            scalars["grad_clipped_norm"] = clipped
+        if scalars["clip_coef"] < 1 and "clip_threshold" not in scalars and math.isfinite(clipped):
+            scalars["clip_threshold"] = clipped
+
+    def _read_batch(self, step: Step, values: dict[str, Floats]) -> None:
+        bad = 0.0
+        for word in ("data", "target"):
+            if word in values:
+                total = values[word].tolist()
+                step.scalars[f"{word}_abs_max"] = total[1]
+                bad += total[2] + total[3]
+        step.scalars["data_nonfinite"] = bad
+        if "data_sum" in values and not bad:
+            numel = step.times["data_numel"]
+            mean = float(values["data_sum"]) / numel
+            step.scalars["data_std"] = math.sqrt(max(float(values["data"][0]) / numel - mean**2, 0.0))
+
+    def look_for_origin(self, step: Step, values: dict[str, Floats]) -> None:
+        """Name the first tensor that is not finite, and what came first: once a run."""
+        scalars = step.scalars
+        is_lost = not math.isfinite(scalars.get("loss", 0.0))
+        bad_grads = scalars.get("nonfinite_count", 0.0) > 0
+        weights = values.get("suspect", values.get("weights"))
+        bad_weights = [] if weights is None else np.flatnonzero(weights[:, 2] + weights[:, 3] > 0).tolist()
+        bad_data = scalars.get("data_nonfinite", 0.0) > 0
+        if not (is_lost or bad_grads or bad_weights or bad_data):
+            return
+        if scalars.get("skipped") and not is_lost and "scale" in values:
+            return  # a GradScaler at work
+        self.origin_known = True
+        where, name = "forward", ""
+        if bad_data:
+            where = "data"
+        elif bad_weights:
+            where, name = "optimizer", self._ledger.kinds["weight_norm"][bad_weights[0]]
+        elif is_lost:
+            where, name = self._first_bad_module(step)
+        elif bad_grads:
+            where, name = "backward", self._last_bad_gradient(step)
+        self._ledger.event(
+            step.number, "first_nonfinite", {"where": where, "name": name, "step": step.number}
+        )
+
+    def _first_bad_module(self, step: Step) -> tuple[str, str]:
+        """Where a loss was lost although weights and data were sound: the first module, or the loss."""
+        seen = step.times.get("activations")
+        if seen is None:
+            return "forward", ""
+        found = seen.open()
+        rows = {name[4:]: row for name, row in found.items() if name.startswith("act/")}
+        for module in self._ledger.meta.get("modules", []):
+            row = rows.get(module["name"])
+            if row is not None and row[2] + row[3] > 0:
+                return "forward", str(module["name"])
+        return ("loss", "") if rows else ("forward", "")
+
+    def _last_bad_gradient(self, step: Step) -> str:
+        """The last in forward order: backward comes to it first."""
+        assert step.rows is not None
+        bad = np.flatnonzero(step.rows[:, 2] + step.rows[:, 3] > 0).tolist()
+        columns = bad if step.columns is None else [step.columns[row] for row in bad]
+        order = {module["name"]: module["order"] for module in self._ledger.meta.get("modules", [])}
+        known = [column for column in columns if column >= 0]
+        if not known:
+            return ""
+        owner = {p["name"]: p["module"] for p in self._ledger.meta["parameters"]}
+        last: str = max(
+            (self._ledger.names[column] for column in known),
+            key=lambda name: (order.get(owner.get(name, ""), -1), self._ledger.places[name]),
+        )
+        return last

@@ -92,6 +92,28 @@ def test_hooks_leave_nothing_in_a_compiled_graph() -> None:
     assert graphs[0] == graphs[1]
 
 
+def test_hooks_that_come_and_go_cost_one_more_compilation_at_most() -> None:
+    torch._dynamo.reset()
+    compiled = 0
+
+    def backend(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        nonlocal compiled
+        compiled += 1
+        return graph.forward
+
+    model = made()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    forward = torch.compile(model, backend=backend)
+    with Monitor(model, optimizer, activations_every=2) as monitor:
+        for x, _ in batches(9):
+            optimizer.zero_grad()
+            loss = forward(x).sum()
+            loss.backward()
+            optimizer.step()
+            monitor.step(loss)
+    assert compiled <= 2
+
+
 def test_gradients_are_not_written() -> None:
     model, optimizer = simple()
     with Monitor(model, optimizer, weights_every=1, activations_every=1) as monitor:

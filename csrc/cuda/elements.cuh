@@ -161,13 +161,9 @@ GRADKERN_DEVICE void for_each(T* data, int length, Team team, One one, Many many
   }
 }
 
-/// Calls `work(pointer to the first element)` with the element's type. The elements lie in global memory,
-/// which the compiler is told, because it cannot see it in an address that was itself read from memory.
+/// Calls `work(pointer to the first element)` with the element's type.
 template <class Work>
 GRADKERN_DEVICE void with_type(DType dtype, void* data, int64_t offset, Work work) {
-#ifdef __CUDA_ARCH__
-  __builtin_assume(__isGlobal(data));
-#endif
   switch (dtype) {
     case DType::kFloat32: return work(static_cast<float*>(data) + offset);
     case DType::kFloat64: return work(static_cast<double*>(data) + offset);

@@ -10,8 +10,11 @@ namespace gradkern::cuda {
 constexpr int kShortSum = kLoads * kWidth<BFloat16>;
 static_assert(kShortSum <= 32, "the error bound below");
 
-/// Below this a short sum is redone in double: squares this small may have lost bits, or vanished.
-constexpr float kSmallestSum = 0x1p-118f;
+/// Below this a short float32 sum is redone in double: squares this small may have lost bits, or vanished.
+template <class T>
+constexpr Real<T> kSmallestSum = 0x1p-118f;
+template <>
+constexpr double kSmallestSum<double> = 0;
 
 /// What one thread has seen of a chunk.
 ///
@@ -83,7 +86,7 @@ GRADKERN_DEVICE Real<T> add_batch(Tally<T>& tally, const Batch& batch) {
   const int padding = (kLoads - batch.count) * kWidth<T>;  // the zeros beyond the end
   tally.zero_count += static_cast<uint32_t>(zeros) - padding;
   const Real<T> sum = (sums[0] + sums[1]) + (sums[2] + sums[3]);
-  if (sum >= kSmallestSum && finite(sum)) {
+  if (sum >= kSmallestSum<T> && finite(sum)) {
     tally.sum_sq += sum;
     tally.abs_max = fmax(tally.abs_max, largest);
   } else if (!(sum == 0 && largest == 0)) {

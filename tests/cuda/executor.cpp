@@ -21,8 +21,6 @@ constexpr size_t kResidentBlocks = 4;
 constexpr int64_t kMostAccesses = 50'000'000;
 constexpr unsigned kAccessesPerSwitch = 97;  // on average, beside the switches at barriers and the like
 
-// ---- Who has seen what
-
 /// For every thread of the grid, up to which of its steps its accesses are known to lie in the past.
 using Clock = std::vector<uint32_t>;
 using SharedClock = std::shared_ptr<const Clock>;
@@ -59,8 +57,6 @@ struct Shadow {
   State* state;  // of each byte
   Cell* cells;   // of each two bytes
 };
-
-// ---- Threads and blocks
 
 enum class Waiting { kNo, kBarrier, kShuffle };
 
@@ -123,8 +119,6 @@ std::string failure;
 
 unsigned draw(unsigned below) { return static_cast<unsigned>(random_engine() >> 3) % below; }
 
-// ---- Switching stacks
-
 #if defined(__x86_64__)
 // Saves what a called function must preserve, and the stack pointer; then the same backwards.
 extern "C" void executor_switch(void** save, void* load);
@@ -176,8 +170,6 @@ void run_fiber() {
   leave_to_scheduler();
 }
 
-// ---- Order
-
 bool in_the_past(const Entry& entry) {
   return entry.thread() == current->id || entry.step <= (*current->seen)[entry.thread()];
 }
@@ -201,8 +193,6 @@ SharedClock everything() {
   (*all)[current->id] = current->step;
   return all;
 }
-
-// ---- Memory
 
 std::string describe(const char* address) {
   if (address >= __start_shared_memory && address < __stop_shared_memory) {
@@ -284,8 +274,6 @@ void check(const char* address, size_t bytes, Access access) {
     yield();
   }
 }
-
-// ---- Running
 
 std::unique_ptr<Block> start_block(int index, char* stack) {
   auto block = std::make_unique<Block>();

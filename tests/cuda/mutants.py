@@ -169,15 +169,15 @@ MUTANTS = [
     Mutant(
         "vanished sums kept",
         "stats.cuh",
-        "if (sum >= kSmallestSum && finite(sum))",
+        "if (sum >= kSmallestSum<T> && finite(sum))",
         "if (finite(sum))",
         first="stats_neither",
     ),
     Mutant(
         "overflown sums kept",
         "stats.cuh",
-        "if (sum >= kSmallestSum && finite(sum))",
-        "if (sum >= kSmallestSum)",
+        "if (sum >= kSmallestSum<T> && finite(sum))",
+        "if (sum >= kSmallestSum<T>)",
         first="stats_neither",
     ),
     Mutant(

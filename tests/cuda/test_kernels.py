@@ -68,9 +68,6 @@ def assert_same(found: torch.Tensor, expected: torch.Tensor) -> None:
     assert torch.equal(bits(found.nan_to_num(7.0)), bits(expected.nan_to_num(7.0)))
 
 
-# ---- stats
-
-
 @pytest.mark.parametrize("misalignment", [0, 1, -1])
 @DTYPE
 def test_stats_are_those_of_float64_at_every_edge(
@@ -217,9 +214,6 @@ def test_stats_tell_what_follows_from_the_total(
         assert found.grad_scale == pytest.approx(scale, rel=0, nan_ok=True)
 
 
-# ---- value
-
-
 @pytest.mark.parametrize("misalignment", [0, 1])
 @WORD
 @DTYPE
@@ -269,8 +263,6 @@ def test_value_is_the_same_bits_on_every_schedule(library: CDLL, seed: int) -> N
     again = run(library, "value", grads, bound=0.5, chunk_numel=1 << 10, seed=seed)
     assert first.same_bits(again)
 
-
-# ---- apply
 
 COEFS = [0.5, 1 / 3, 0.999, 1e-3, 1e-30, 1e-40, 1e-300, 0.0]
 
@@ -365,9 +357,6 @@ def test_apply_takes_a_coefficient_for_each_unit(library: CDLL, dtype: torch.dty
         assert_same(after, oracle.clipped(grad, scale, 0.5, nonfinite))
 
 
-# ---- units
-
-
 @pytest.mark.parametrize("misalignment", [0, 1])
 @DTYPE
 def test_unit_sums_are_those_of_float64(library: CDLL, dtype: torch.dtype, misalignment: int) -> None:
@@ -382,9 +371,6 @@ def test_unit_sums_are_the_same_bits_on_every_schedule(library: CDLL, seed: int)
     tensors = [randn((2, 3 * CHUNK), torch.bfloat16), randn((100, 30), torch.float32)]
     first = run(library, "unit_sums", tensors)
     assert first.same_bits(run(library, "unit_sums", tensors, seed=seed))
-
-
-# ---- exponents
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
@@ -406,9 +392,6 @@ def test_exponents_of_every_power_of_two(library: CDLL, dtype: torch.dtype) -> N
     assert found.counts.tolist() == [oracle.exponents(grad).tolist() for grad in grads]
 
 
-# ---- penalty
-
-
 @pytest.mark.parametrize("weights_misalignment", [0, 1])
 @DTYPE
 def test_penalty_adds_its_gradient_and_returns_its_value(
@@ -428,9 +411,6 @@ def test_penalty_reads_both_and_writes_one(library: CDLL) -> None:
     found = run(library, "penalty", grads, weights=grads, l1=1.0)
     assert found.bytes_read == 2 * sum(grad.nbytes for grad in grads)
     assert found.bytes_written == sum(grad.nbytes for grad in grads)
-
-
-# ---- all of them, at random
 
 
 @pytest.mark.slow

@@ -65,10 +65,11 @@ class Parcel:
 
 
 def is_plain(tensor: Tensor) -> bool:
-    """Whether a tensor is one that can be read: dense, with values, of no subclass but Parameter."""
+    """Whether a tensor can be read: strided, with values, no subclass, not inside torch.func."""
     return (
         type(tensor) in (Tensor, torch.nn.Parameter)
         and tensor.layout == torch.strided
         and not tensor.is_meta
         and not tensor.is_quantized
+        and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import weakref
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Final
 
@@ -116,8 +117,8 @@ class ForwardOrder:
         self._order: dict[str, str] = {}
         self._parents: dict[str, set[str]] = {}
         self._by_node: dict[Any, str] = {}
-        self._by_tensor: dict[int, str] = {}
-        self._kept: list[object] = []  # ids are only good while their objects live
+        # Not kept alive: with activation checkpointing that would be all the memory that it saves.
+        self._by_tensor: dict[int, tuple[weakref.ref[Tensor], str]] = {}
 
     def enter(self, path: str, module: nn.Module, inputs: list[Tensor]) -> None:
         """A module begins; only the first time counts."""
@@ -128,9 +129,9 @@ class ForwardOrder:
             return
         found: set[str] = set()
         for tensor in inputs:
-            name = self._by_tensor.get(id(tensor))
-            if name is not None:
-                found.add(name)
+            seen = self._by_tensor.get(id(tensor))
+            if seen is not None and seen[0]() is tensor:
+                found.add(seen[1])
             elif tensor.grad_fn is not None:
                 found |= self._walk(tensor.grad_fn)
         self._parents[path] = found
@@ -140,8 +141,7 @@ class ForwardOrder:
         if path not in self._parents:
             return
         for tensor in outputs:
-            self._by_tensor[id(tensor)] = path
-            self._kept.append(tensor)
+            self._by_tensor[id(tensor)] = weakref.ref(tensor), path
             if tensor.grad_fn is not None:
                 self._by_node[tensor.grad_fn] = path
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 from typing import Any
 
 import numpy as np
@@ -199,3 +200,32 @@ def test_autocast_is_recorded() -> None:
             model(torch.ones(2, 3))
         monitor.step(1.0)
     assert monitor.record.meta["amp"] == {"enabled": True, "dtype": "bfloat16"}
+
+
+def test_under_vmap_nothing_is_looked_at_and_nothing_breaks() -> None:
+    model = two_layers()
+    x = torch.randn(4, 3)
+    expected = model(x)
+    with Monitor(model, activations_every=1) as monitor:
+        torch.testing.assert_close(torch.func.vmap(model)(x), expected)
+        monitor.step(1.0)
+    assert not monitor.record.names("act_abs_max")
+
+
+def test_outputs_are_not_kept_alive() -> None:
+    kept: list[weakref.ref[Tensor]] = []
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(3, 3), nn.Linear(3, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.first(x)
+            kept.append(weakref.ref(h))
+            return self.last(h.detach())
+
+    model = Net()
+    with Monitor(model, activations_every=1):
+        model(torch.ones(2, 3))
+        assert kept[0]() is None

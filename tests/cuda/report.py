@@ -245,7 +245,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("architectures", nargs="*", default=ARCHITECTURES, help="such as 90; all by default")
     failures: list[str] = []
-    columns = "registers,spilled,blocks/SM,named,shared,loops,in flight,KiB/SM,narrowest".split(",")
+    columns = ["registers", "spilled", "blocks/SM", "named", "shared"]
+    columns += ["loops", "in flight", "KiB/SM", "narrowest"]
     print("| kernel    | arch   |", " | ".join(columns), "|")
     print("|-----------|--------|", *("-" * (len(column) + 1) + ":|" for column in columns), sep="")
     for arch in parser.parse_args().architectures:

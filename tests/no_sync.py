@@ -1,8 +1,8 @@
 """Shows, on a machine without a GPU, that code neither reads a device on the host nor waits for it.
 
-Inside `no_host_read()` everything raises `HostReadError` that a device would have to be waited for: reading a
-value, copying from or to the host, an operation whose result has a shape that depends on values. With
-FakeTensorMode, which gives tensors that say they are on "cuda" and hold no values, no GPU is needed; by itself
+Inside `no_host_read()` everything raises `HostReadError` that a device would have to be waited for: reading
+a value, copying from or to the host, an operation whose result has a shape that depends on values. With
+FakeTensorMode, which gives tensors that say they are on "cuda" and hold no values, no GPU is needed; alone
 it lets `.cpu()`, `.to("cpu")`, `cpu.copy_(cuda)` and printing pass.
 
     with FakeTensorMode():
@@ -11,9 +11,9 @@ it lets `.cpu()`, `.to("cpu")`, `cpu.copy_(cuda)` and printing pass.
             grad.mul_(grad.norm())                # fine
             grad.norm().item()                    # HostReadError
 
-Beside a CPU-only torch, `tensor[...]`, `copy_` and `.to("cuda")` fail on fake CUDA tensors, for their bindings
-ask for a CUDA device guard; `select`, `narrow` and `torch.where(..., out=)` do not. What a compiled function
-does inside is not seen.
+Beside a CPU-only torch, `tensor[...]`, `copy_` and `.to("cuda")` fail on fake CUDA tensors, for their
+bindings ask for a CUDA device guard; `select`, `narrow` and `torch.where(..., out=)` do not. What a compiled
+function does inside is not seen.
 """
 
 from __future__ import annotations

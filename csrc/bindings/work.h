@@ -65,7 +65,7 @@ struct Work {
 };
 
 /// Below this many elements waking another thread takes longer than the work.
-constexpr int64_t kSerialNumel = int64_t{1} << 15;
+constexpr int64_t kSerialNumel = int64_t{1} << 18;
 
 /// Calls `run(begin, end)` for ranges that together cover `count` pieces of work with `numel` elements, on
 /// torch's threads. Ranges are handed out as threads become free, since pieces differ in size and a core may

@@ -143,6 +143,10 @@ class Clipper:
         apply_(judged.seen, judged.decision, None, word)
         return judged.stats
 
+    def __repr__(self) -> str:
+        attached = "" if self._attachment is None else ", attached"
+        return f"Clipper({self.policy!r}, {len(self._stepper.tracked.items)} parameters{attached})"
+
     @property
     def policy(self) -> Policy:
         """What decides."""

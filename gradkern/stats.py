@@ -220,9 +220,14 @@ class GradStats(Stats):
     def worst(self, k: int = 10) -> list[tuple[str, float]]:
         """Names and norms of the `k` gradients that stand out: NaN first, then Inf, then by the norm.
 
+        Raises:
+            ValueError: `k` is not a whole number from 0 up.
+
         >>> gradkern.measure_grads([torch.ones(1), torch.tensor([float("inf")]), torch.ones(4)]).worst(2)
         [('grads[1]', inf), ('grads[2]', 2.0)]
         """
+        if not isinstance(k, int) or k < 0:
+            raise ValueError(f"worst: k must be a whole number from 0 up, got {k!r}.")
         norms = [_norm(row) for row in self._read_rows()]
         order = sorted(range(len(norms)), key=lambda row: _badness(norms[row]), reverse=True)
         return [(self._names[row], norms[row]) for row in order[:k]]

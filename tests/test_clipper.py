@@ -510,3 +510,11 @@ def test_state_stays_at_its_addresses_so_that_a_captured_graph_replays(policy: p
             param.grad = torch.randn(3, 2)
         clipper()
     assert addresses() == before
+
+
+def test_it_says_what_it_is() -> None:
+    model = nn.Linear(2, 2)
+    clipper = gradkern.Clipper(model, gradkern.Value(0.5))
+    assert repr(clipper) == f"Clipper({gradkern.Value(0.5)!r}, 2 parameters)"
+    clipper.attach(torch.optim.SGD(model.parameters(), lr=0.1))
+    assert repr(clipper).endswith(", 2 parameters, attached)")

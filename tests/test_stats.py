@@ -204,6 +204,12 @@ def test_what_is_printed_is_short_and_counts_what_is_odd() -> None:
     assert repr(example().per_tensor) == "Stats(3 tensors)"
 
 
+@pytest.mark.parametrize("k", [-1, 1.5, "2"])
+def test_how_many_are_worst_is_a_whole_number_from_zero_up(k: object) -> None:
+    with pytest.raises(ValueError, match=r"^worst: k must be a whole number from 0 up, got "):
+        gradkern.measure_grads([torch.ones(1)]).worst(k)  # type: ignore[arg-type]
+
+
 def test_the_worst_are_nan_then_inf_then_the_largest() -> None:
     stats = gradkern.measure_grads(
         {

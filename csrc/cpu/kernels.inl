@@ -186,7 +186,8 @@ inline Stats measure_chunk(T* data, int64_t length, AfterBlock after_block) {
 }
 
 /// The product is taken in double and rounded once for float32 and float64. Halves are multiplied in
-/// float32, which their own rounding hides, unless the coefficient is too small to be a normal float32.
+/// float32, which their own rounding hides, unless the coefficient is too small to be a normal float32. So is
+/// float32 where the coefficient is 1, since that is exact.
 template <bool kInDouble>
 inline F32 transform(F32 x, double coef, double bound) {
   const F32 limit = broadcast(static_cast<float>(bound));
@@ -267,7 +268,7 @@ inline void apply_in(T* data, int64_t length, const Action& action) {
 template <class T>
 inline void apply_chunk(T* data, int64_t length, const Action& action) {
   const bool subnormal = static_cast<float>(action.coef) < 0x1p-126f && action.coef != 0;
-  if (sizeof(T) >= 4 || subnormal) {
+  if (subnormal || (sizeof(T) >= 4 && action.coef != 1)) {
     apply_in<T, true>(data, length, action);
   } else {
     apply_in<T, false>(data, length, action);

@@ -13,6 +13,7 @@ from gradkern.selftest import checks, speed
 from gradkern.selftest.promises import PROMISES
 
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")
+on_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason=selftest.NO_GPU)
 
 
 @pytest.fixture
@@ -92,3 +93,17 @@ def test_the_lists_have_the_sizes_they_are_named_after() -> None:
     assert math.isclose(numel["GPT-2 small, 124 M"], 124e6, rel_tol=0.01)
     assert math.isclose(numel["7B-parameter list"], 6.74e9, rel_tol=0.01)
     assert numel["one tensor of 1.5 B"] == 1_500_000_000
+
+
+@on_a_gpu
+@pytest.mark.parametrize("name", checks.CHECKS)
+def test_every_kernel_is_right_on_the_gpu(name: str) -> None:
+    result = selftest.run_check(name, "cuda", lambda: checks.CHECKS[name]("cuda"))
+    assert result.outcome != "FAILED", result.detail
+
+
+@on_a_gpu
+@pytest.mark.parametrize("name", PROMISES)
+def test_every_promise_is_kept_on_the_gpu(name: str) -> None:
+    result = selftest.run_check(name, "cuda", PROMISES[name])
+    assert result.outcome != "FAILED", result.detail

@@ -88,8 +88,11 @@ def lists(device: str) -> str:
         for _ in range(2):  # the second time the shapes are known
             rows, total = ops.measure(grads)
             check_rows(rows, grads, count)
-            right = oracle.rows(grads)
-            assert torch.equal(total.cpu()[2:], right.sum(0)[2:]), f"total of {count} tensors"
+            right, found = oracle.rows(grads), total.cpu()
+            assert torch.equal(found[2:], right.sum(0)[2:]), f"counts of {count} tensors"
+            assert found[1] == right[:, 1].max(), f"largest magnitude of {count} tensors"
+            norm, wanted = found[0].sqrt(), right[:, 0].sum().sqrt()
+            assert abs(norm - wanted) <= NORM_ERROR[device] * wanted, f"norm of {count} tensors"
     return f"{counts[0]} to {counts[-1]} tensors, dtypes mixed, some empty"
 
 

@@ -100,7 +100,8 @@ def measure_rows(device: str, workload: Workload, copy_gb_s: float) -> list[Row]
     lists = [_gradients(workload, device)]
     if device == "cpu" or torch.cuda.mem_get_info()[0] > 2 * workload.nbytes:
         lists.append(_gradients(workload, device))
-    fresh = "fresh addresses" if len(lists) > 1 else "same addresses (memory for one list)"
+    # Two lists in turn stand for gradients that every step allocates anew.
+    fresh = "other addresses each call" if len(lists) > 1 else "same addresses (memory for one list)"
     rows = []
     for situation, floor, contenders in (
         ("nothing to clip", 1, _contenders(device, 1e30)),

@@ -413,6 +413,18 @@ def test_penalty_reads_both_and_writes_one(library: CDLL) -> None:
     assert found.bytes_written == sum(grad.nbytes for grad in grads)
 
 
+@pytest.mark.parametrize("seed", range(1, 5))
+@pytest.mark.parametrize("kernel", ["apply", "exponents", "penalty"])
+def test_every_other_kernel_gives_the_same_bits_on_every_schedule(
+    library: CDLL, kernel: str, seed: int
+) -> None:
+    grads = [spoil(randn(numel, dtype), [70]) for numel in (9, 5000) for dtype in DTYPES]
+    weights = [randn(numel, dtype, 0.3) for numel in (9, 5000) for dtype in DTYPES]
+    options = {"coef": [0.5], "bound": 0.3, "weights": weights, "l1": 0.1, "l2": 0.2, "chunk_numel": 1 << 10}
+    first = run(library, kernel, grads, **options)
+    assert first.same_bits(run(library, kernel, grads, **options, seed=seed))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(100))
 def test_random_lists_of_random_tensors(library: CDLL, seed: int) -> None:

@@ -11,6 +11,7 @@ import re
 import shlex
 import shutil
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -156,7 +157,9 @@ def test_launch_code(name: str, finished: subprocess.CompletedProcess[str]) -> N
 
 
 @pytest.mark.parametrize("name", MUTANTS)
-def test_a_broken_variant_is_found_out(name: str, objects: list[Path], tmp_path: Path) -> None:
+def test_a_broken_variant_is_found_out(
+    name: str, objects: list[Path], tmp_path: Path, record: list[str]
+) -> None:
     text = LAUNCH.read_text()
     right, wrong = MUTANTS[name]
     assert text.count(right) == 1, "the mutant no longer fits the launch code"
@@ -165,7 +168,18 @@ def test_a_broken_variant_is_found_out(name: str, objects: list[Path], tmp_path:
     compile_to(tmp_path / "launch.o", mutant)
     finished = run(tmp_path / "test_launch", tmp_path / "launch.o", objects)
     killers = re.findall(r"^FAILED (\w+)$", finished.stdout, re.MULTILINE)
+    record.append(f"{'killed  ' if killers else 'SURVIVED'} {name}: {len(killers)} tests fail")
     assert killers, "survived"
+
+
+@pytest.fixture(scope="module")
+def record(request: pytest.FixtureRequest) -> Iterator[list[str]]:
+    """What became of each broken variant, printed at the end."""
+    lines: list[str] = []
+    yield lines
+    killed = sum(line.startswith("killed") for line in lines)
+    with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
+        print("", *lines, f"mutants of the CUDA launch code: {killed} of {len(lines)} killed", sep="\n")
 
 
 def test_only_runtime_functions_that_never_wait_are_linked(launch: Path) -> None:

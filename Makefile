@@ -104,8 +104,10 @@ sanitize: .venv/installed
 
 wheel: .venv/installed
 	rm -rf build/lib*
+	rm -rf dist
 	GRADKERN_BUILD=1 $(BIN)/python -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .
-	ls dist
+	@ls dist
+	@$(BIN)/python -c "import glob, zipfile; print(zipfile.ZipFile(glob.glob('dist/*.whl')[0]).read('gradkern/_build.json').decode())"
 
 clean:
 	rm -rf .venv build dist *.egg-info gradkern/_C.*.so gradkern/_build.json

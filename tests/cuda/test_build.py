@@ -11,6 +11,7 @@ import sysconfig
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -45,6 +46,25 @@ def says(*command: str | Path) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
+def found_toolkit() -> Any:
+    """The toolkit that setup.py finds here; without one the test is skipped."""
+    spec = importlib.util.spec_from_file_location("gradkern_setup", ROOT / "setup.py")
+    assert spec is not None
+    assert spec.loader is not None
+    setup = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(setup)
+    toolkit = setup.find_toolkit({**os.environ, "GRADKERN_CUDA": ""})
+    if isinstance(toolkit, str):
+        pytest.skip(toolkit)
+    return toolkit
+
+
+@compiled
+def test_the_build_is_for_every_architecture_that_was_asked_for() -> None:
+    """All that nvcc knows of ours, unless GRADKERN_CUDA_ARCHS says otherwise."""
+    assert sorted(re.findall(r"sm_(\d+)", ops.native.cuda_compiled_for())) == sorted(found_toolkit().archs)
+
+
 @compiled
 def test_the_extension_holds_a_binary_for_every_architecture_and_ptx_for_the_newest() -> None:
     cuobjdump = tool("cuobjdump")
@@ -73,14 +93,7 @@ def test_the_runtime_is_inside_and_out_of_sight() -> None:
 
 
 def test_with_the_real_headers_too_only_functions_that_never_wait_are_linked(tmp_path: Path) -> None:
-    spec = importlib.util.spec_from_file_location("gradkern_setup", ROOT / "setup.py")
-    assert spec is not None
-    assert spec.loader is not None
-    setup = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(setup)
-    toolkit = setup.find_toolkit({**os.environ, "GRADKERN_CUDA": ""})
-    if isinstance(toolkit, str):
-        pytest.skip(toolkit)
+    toolkit = found_toolkit()
     output = tmp_path / "launch.o"
     source = ROOT / "csrc/cuda/launch.cpp"
     flags = [

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import inspect
 import math
+import sys
 import warnings
 import weakref
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -59,6 +61,8 @@ class Attachment:
         self._hidden: list[tuple[Tensor, Tensor]] = []
         self._mostly_clipped = False
         self._warned = False
+        self._step: FrameType | None = None  # the call of step() that we are in
+        self._depth = 0  # calls of step() within it
         stepper.follow(optimizer)
         self._support = vars(optimizer).get(_SUPPORT, _ABSENT)
         setattr(optimizer, _SUPPORT, True)
@@ -74,12 +78,27 @@ class Attachment:
             handle.remove()
         self._restore()
         _set(self._optimizer, _SUPPORT, self._support)
-        self._stepper.follow(None)
         _attached.discard(self._optimizer)
+        self._stepper.follow(None)
+
+    def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        # A subclass whose step() calls that of its base runs all hooks twice, one call within the other. What
+        # is left of a step that raised looks alike, but is not running any more.
+        caller = sys._getframe(1)
+        if self._step is not None and _is_within(caller, self._step):
+            self._depth += 1
+            return
+        self._step, self._depth = caller, 0
+        try:
+            self._clip(optimizer, args, kwargs)
+        except BaseException:
+            self._step = None
+            raise
 
     @torch.no_grad()
-    def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    def _clip(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         self._recover()
+        self._takes_handover = _is_fused(optimizer)  # load_state_dict() may have changed that
         if (args[1] if len(args) > 1 else kwargs.get("closure")) is not None:
             raise ValueError(
                 f"Clipper: {_kind(optimizer)}.step() was given a closure, which makes the gradients only "
@@ -88,11 +107,15 @@ class Attachment:
         stepper = self._stepper
         scale, found_inf = (_tensor(optimizer, word) for word in _HANDOVER)
         stepper.refresh()
+        if found_inf is not None and scale is None and stepper.backward is not None:
+            stepper.backward.forget()  # scaler.unscale_ has written to them, and no version tells of it
         judged = stepper.judge(self._nonfinite, stepper.loss, scale, found_inf)
         stepper.loss = None
         for_all_alike = (
             is_scalar(judged.decision) and self._nonfinite != "zero" and not stepper.tracked.excluded
         )
+        if self._apply == "defer" and not self._takes_handover:
+            raise _cannot_defer(optimizer)
         if self._apply == "defer" and not for_all_alike:
             raise ValueError(
                 f"Clipper: apply='defer' hands one factor for all gradients to {_kind(optimizer)}, but "
@@ -114,6 +137,10 @@ class Attachment:
         self._left = {word: vars(optimizer).get(word, _ABSENT) for word in _HANDOVER}
 
     def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        if self._depth > 0:
+            self._depth -= 1
+            return
+        self._step = None
         self._restore()
 
     def _verdict(self, judged: Judged, found_inf: Tensor | None) -> Tensor | None:
@@ -252,15 +279,19 @@ def unscale_and_clip(
     stepper.refresh()
     judged = stepper.judge(nonfinite, loss, scale)
     judged.refuse_skip(stepper.policy)
-    if _is_fused(optimizer):
-        _can_skip_first(optimizer)
-    stepper.remember(judged, None)
+    skip = judged.good.logical_not()  # what the scaler makes of it, with any optimizer
+    drops = _is_fused(optimizer) and not _can_skip_first(optimizer) and bool(skip)
+    stepper.remember(judged, skip)
     factor = scale.to(judged.seen.total.device, torch.float64).reciprocal()
     apply_(judged.seen, judged.decision, factor, nonfinite)
     ops.apply_(stepper.excluded_grads(), None, factor, math.inf, "keep")
-    found_inf = judged.good.logical_not().to(scale.device, torch.float32)
+    found_inf = skip.to(scale.device, torch.float32)
     state["found_inf_per_device"] = {scale.device: found_inf}
     state["stage"] = OptState.UNSCALED
+    if drops:  # the step would begin a momentum that nobody has written
+        for group in optimizer.param_groups:
+            for param in group["params"]:
+                param.grad = None
     return judged.stats
 
 
@@ -269,6 +300,11 @@ def _check(stepper: Stepper, optimizer: torch.optim.Optimizer, apply: str, is_fu
     kind = _kind(optimizer)
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise TypeError(f"Clipper.attach: needs an optimizer of torch, got {kind}.")
+    if not getattr(type(optimizer).step, "hooked", False):
+        raise ValueError(
+            f"Clipper.attach: {kind}.step() runs no hooks, so that nothing would ever be clipped; it must be "
+            "a wrapper around an optimizer. Attach to the one inside."
+        )
     if optimizer in _attached:
         raise ValueError(
             f"Clipper.attach: a clipper is attached to this {kind} already. Call its detach() first."
@@ -285,10 +321,7 @@ def _check(stepper: Stepper, optimizer: torch.optim.Optimizer, apply: str, is_fu
             "is no moment to clip them. Call gradkern.clip_ at the end of the closure."
         )
     if apply == "defer" and not is_fused:
-        raise ValueError(
-            "Clipper.attach: apply='defer' needs an optimizer that divides the gradients itself: Adam, "
-            f"AdamW, SGD or Adagrad with fused=True. For this {kind} use apply='auto'."
-        )
+        raise _cannot_defer(optimizer)
     params = [param for group in optimizer.param_groups for param in group["params"]]
     is_sharded = any(type(tensor).__name__ == "DTensor" for param in params for tensor in (param, param.data))
     if is_fused and is_sharded and isinstance(optimizer, (torch.optim.SGD, torch.optim.Adagrad)):
@@ -296,6 +329,20 @@ def _check(stepper: Stepper, optimizer: torch.optim.Optimizer, apply: str, is_fu
             f"Clipper.attach: torch has no fused {kind} for sharded parameters (DTensor): its step raises, "
             f"with or without clipping. Use {kind}(..., foreach=True), or a fused Adam or AdamW."
         )
+
+
+def _cannot_defer(optimizer: torch.optim.Optimizer) -> ValueError:
+    return ValueError(
+        "Clipper.attach: apply='defer' needs an optimizer that divides the gradients itself: Adam, AdamW, "
+        f"SGD or Adagrad with fused=True. For this {_kind(optimizer)} use apply='auto'."
+    )
+
+
+def _is_within(frame: FrameType, outer: FrameType) -> bool:
+    caller = frame.f_back
+    while caller is not None and caller is not outer:
+        caller = caller.f_back
+    return caller is not None
 
 
 def _is_fused(optimizer: torch.optim.Optimizer) -> bool:

@@ -17,14 +17,16 @@ from gradkern.tracked import Item
 class _Row(NamedTuple):
     grad: Tensor
     version: int  # of `grad` when it was measured: a later write counts it up
+    storage: int  # where its elements were: assigning to `.data` leaves the version alone
     row: Tensor  # float64 [1, 5]
 
 
 class BackwardRows:
     """Rows of gradients, taken in `post_accumulate_grad_hook`s while the gradients are still in cache.
 
-    A row holds as long as its gradient is the same tensor, not written to since; whatever else happened is
-    noticed when the rows are asked for.
+    A row holds as long as its gradient is the same tensor, with the same memory, not written to since by
+    anything that counts its version up. Writing through `.data` does not, nor does `GradScaler.unscale_`:
+    whoever knows of such a write calls `forget`.
 
     Args:
         micro_batches: backward passes that accumulate into one step. Only the last is measured; what a pass
@@ -51,19 +53,21 @@ class BackwardRows:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        self._rows.clear()
-        self._passes.clear()
+        self.forget()
 
     def take(self, params: Sequence[Tensor]) -> list[Tensor | None]:
         """The row of each parameter's gradient, None where there is no valid one. They can be taken once."""
         rows: list[Tensor | None] = []
         for param in params:
             found, grad = self._rows.get(param), param.grad
-            valid = found is not None and found.grad is grad and grad._version == found.version
-            rows.append(found.row if found is not None and valid else None)
-        self._rows.clear()  # they hold the gradients, whose memory backward may want
-        self._passes.clear()
+            rows.append(found.row if found is not None and _holds(found, grad) else None)
+        self.forget()  # rows hold the gradients, whose memory backward may want
         return rows
+
+    def forget(self) -> None:
+        """Let no row that has been taken count."""
+        self._rows.clear()
+        self._passes.clear()
 
     def measure(self, param: Tensor, name: str) -> None:
         """Called by backward."""
@@ -77,7 +81,16 @@ class BackwardRows:
             check(Names("parameters", [name], None, 1), [grad], "Clipper", writes=False, by_value=False)
             with torch.no_grad():
                 found = ops.measure([grad])
-        self._rows[param] = _Row(grad, grad._version, found[0])
+        self._rows[param] = _Row(grad, grad._version, _storage(grad), found[0])
+
+
+def _holds(row: _Row, grad: Tensor | None) -> bool:
+    return row.grad is grad and grad._version == row.version and _storage(grad) == row.storage
+
+
+def _storage(grad: Tensor) -> int:
+    """Tells one memory from another, of tensors without any (fake ones) too; 0 of a layout without one."""
+    return grad.untyped_storage()._cdata if grad.layout == torch.strided else 0
 
 
 def _hook(rows: weakref.ref[BackwardRows], name: str) -> Callable[[Tensor], None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -80,7 +81,8 @@ class Tally:
     def check(self, saved: Any) -> None:
         """Raise unless this is such a copy."""
         mine = {"counts": self.counts.shape, "clipped": self.clipped.shape}
-        theirs = {key: getattr(value, "shape", None) for key, value in dict(saved).items()}
+        entries = saved.items() if isinstance(saved, Mapping) else ()
+        theirs = {key: getattr(value, "shape", None) for key, value in entries}
         if theirs != mine:
             raise ValueError(f"load_state_dict: the tally must have the shapes {mine}, got {theirs}.")
 

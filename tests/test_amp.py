@@ -240,3 +240,33 @@ def test_autocast_and_a_scaler_around_a_whole_run() -> None:
         losses.append(loss.item())
     assert losses[-1] < 0.01 * losses[0]
     assert clipper.metrics()["steps"] == 100
+
+
+def test_a_step_that_the_scaler_leaves_out_counts_as_skipped() -> None:
+    model = network()
+    optimizer, scaler = EVERY["rmsprop"](model.parameters()), scaler_of()
+    clipper = gradkern.Clipper(model, LIMIT)
+    for bad in (False, True):
+        model.zero_grad()
+        backward(model, 0, scaler.scale(torch.ones(())))
+        if bad:
+            model[0].bias.grad[0] = math.nan
+        clipper.unscale_and_clip(scaler, optimizer)
+        scaler.step(optimizer)
+        scaler.update()
+    metrics = clipper.metrics()
+    assert (metrics["steps"], metrics["skipped_steps"]) == (2, 1)
+
+
+def test_a_damped_fused_sgd_survives_a_skipped_first_step() -> None:
+    def damped(params: object) -> torch.optim.Optimizer:
+        return torch.optim.SGD(params, lr=0.1, momentum=0.9, dampening=0.1, fused=True)  # type: ignore[arg-type]
+
+    model = network()
+    optimizer = damped(model.parameters())
+    for step in range(1, 20):
+        optimizer.zero_grad()
+        backward(model, step)
+        gradkern.clip_(model, LIMIT)
+        optimizer.step()
+    assert all(map(same_bits, run(damped, True, (0,))[0], model.parameters()))

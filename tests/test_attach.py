@@ -908,3 +908,119 @@ def test_every_policy_trains_what_explodes_without_it(policy: policies.Policy, u
     assert math.isfinite(loss)
     assert loss < 0.5
     assert not unclipped_loss < 2.0
+
+
+# Optimizers that are not what they were, or not quite torch's
+
+
+class _Derived(torch.optim.AdamW):
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        super().step(closure)
+
+
+@pytest.mark.parametrize("poison", [(), (2,)])
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_step_within_a_step_is_clipped_once(fused: bool, scaled: bool, poison: tuple[int, ...]) -> None:
+    def base(params: Collection[Tensor]) -> Optimizer:
+        return torch.optim.AdamW(params, fused=fused)
+
+    def derived(params: Collection[Tensor]) -> Optimizer:
+        return _Derived(params, fused=fused)
+
+    base(network().parameters())  # from here on the hooks run in AdamW.step too
+    scaler = scaler_of() if scaled else None
+    model, optimizer, clipper = clipped_in_step(derived, 5, poison, scaler=scaler, apply="eager")
+    assert same_run((model, optimizer), clipped_by_hand(base, 5, poison))
+    assert clipper.metrics()["steps"] == 5
+
+
+def test_after_a_step_that_raised_the_next_is_clipped() -> None:
+    param = nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([param], lr=1.0)
+    gradkern.Clipper([param], 1.0).attach(optimizer)
+    param.grad = torch.ones(1)
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    handle = optimizer.register_step_pre_hook(stop)
+    with pytest.raises(KeyboardInterrupt):
+        optimizer.step()
+    handle.remove()
+    param.grad = torch.full((1,), 5.0)
+    optimizer.step()
+    assert param.item() == -1.0
+
+
+@pytest.mark.parametrize("poison", [(), (3,)])
+def test_a_loaded_state_that_makes_an_optimizer_not_fused_is_noticed(poison: tuple[int, ...]) -> None:
+    model = network()
+    optimizer = FUSED["adamw"](model.parameters())
+    gradkern.Clipper(model, LIMIT).attach(optimizer)
+    optimizer.load_state_dict(torch.optim.AdamW(network().parameters()).state_dict())
+    backward(model, 0)
+    if poison:
+        model[0].weight.grad.fill_(NAN)
+    optimizer.step()
+    assert all(map(same_bits, model.parameters(), network().parameters())) == bool(poison)
+
+
+def test_deferring_to_an_optimizer_that_is_no_longer_fused_is_refused() -> None:
+    model = network()
+    optimizer = FUSED["adamw"](model.parameters())
+    gradkern.Clipper(model, apply="defer").attach(optimizer)
+    optimizer.load_state_dict(torch.optim.AdamW(network().parameters()).state_dict())
+    backward(model, 0)
+    with pytest.raises(ValueError, match="For this AdamW use apply='auto'"):
+        optimizer.step()
+
+
+def test_a_wrapper_that_runs_no_hooks_is_refused() -> None:
+    class Wrapper(Optimizer):
+        def __init__(self, inside: Optimizer) -> None:
+            self.param_groups = inside.param_groups
+
+        def step(self, closure: None = None) -> None:  # type: ignore[override]
+            pass
+
+    model = network()
+    with pytest.raises(ValueError, match="runs no hooks"):
+        gradkern.Clipper(model).attach(Wrapper(FUSED["adamw"](model.parameters())))
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_muon_is_skipped_without_a_trace(scaled: bool) -> None:
+    def run(poison: Collection[int]) -> list[Tensor]:
+        torch.manual_seed(0)
+        param = nn.Parameter(torch.randn(4, 3))
+        optimizer = torch.optim.Muon([param])
+        gradkern.Clipper([param], LIMIT).attach(optimizer)
+        scaler = torch.amp.GradScaler("cpu", enabled=scaled)
+        for step in (0, 1, 2) if poison else (0, 2):
+            scaler.scale(torch.ones(()))
+            param.grad = torch.randn(4, 3, generator=torch.Generator().manual_seed(step))
+            if step in poison:
+                param.grad[1, 1] = NAN
+            # A scale that an update has halved in between must not tell the two apart.
+            param.grad *= scaler.get_scale()
+            scaler.step(optimizer)
+            scaler.update()
+        return [param.detach(), optimizer.state[param]["momentum_buffer"]]
+
+    assert all(map(same_bits, run((1,)), run(())))
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("poison", [(0,), range(6)], ids=str)
+@pytest.mark.parametrize("name", FUSED)
+def test_bad_steps_leave_no_trace_where_gradients_are_accumulated(
+    name: str, poison: Collection[int], scaled: bool
+) -> None:
+    scaler = scaler_of(2.0**20) if scaled else None
+    run = clipped_in_step(FUSED[name], 6, poison, micro_batches=3, scaler=scaler, apply="eager")
+    if 5 not in poison:
+        assert same_run(run[:2], clipped_by_hand(FUSED[name], 6, poison, micro_batches=3))
+    else:
+        assert all(map(same_bits, run[0].parameters(), network().parameters()))
+        assert all(not torch.as_tensor(value).any() for value in state_of(run[1]))

@@ -218,3 +218,37 @@ def test_under_a_distributed_wrapper_it_is_refused() -> None:
             gradkern.Clipper(model, measure="backward")
     finally:
         torch.distributed.destroy_process_group()
+
+
+def swap_data(param: nn.Parameter) -> None:
+    param.grad.data = torch.full_like(param.grad, 3.0)
+
+
+def retype(param: nn.Parameter) -> None:
+    param.grad.data = param.grad.data.half()
+
+
+@pytest.mark.parametrize("touch", [swap_data, retype])
+def test_a_gradient_given_other_memory_is_measured_again(touch: Callable[[nn.Parameter], None]) -> None:
+    model = network()
+    clipper = gradkern.Clipper(model, 1e9, measure="backward")
+    backward(model, 0)
+    touch(model[0].weight)
+    assert torch.equal(clipper().rows, gradkern.measure(model).rows)
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd"])
+def test_attached_what_a_scaler_has_unscaled_is_measured_again(name: str) -> None:
+    """`unscale_` writes to gradients and leaves their versions as they were."""
+    model = network()
+    optimizer = FUSED[name](model.parameters())
+    clipper = gradkern.Clipper(model, 0.5, measure="backward").attach(optimizer)
+    backward(model, 0)
+    norm = gradkern.measure(model).norm
+    model.zero_grad()
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    backward(model, 0, scaler.scale(torch.ones(())))
+    scaler.unscale_(optimizer)
+    scaler.step(optimizer)
+    assert clipper.last is not None
+    assert clipper.last.norm == norm

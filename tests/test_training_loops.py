@@ -36,7 +36,16 @@ def test_all_blocks_run_one_after_the_other(capsys: pytest.CaptureFixture[str]) 
 
 @pytest.mark.parametrize(
     "word",
-    ["clip_(", "attach(", "GradScaler", "Chain(", 'measure="backward"', "recurrent", "truncated_bptt("],
+    [
+        "clip_(",
+        "attach(",
+        "GradScaler",
+        "step % 4",
+        "Chain(",
+        'measure="backward"',
+        "recurrent",
+        "truncated_bptt(",
+    ],
 )
 def test_the_page_shows(word: str) -> None:
     assert any(word in code for _, code in sections())

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from gradkern import ops
-from gradkern.params import Names, Params, as_items, check, describe
+from gradkern.params import Names, Params, as_items, check, describe, shown
 
 Where = str | Sequence[str] | Callable[[str, Tensor], bool]
 """Parameters by name: an `fnmatch` pattern, several of them, or a predicate on (name, parameter)."""
@@ -107,7 +107,14 @@ def _select(params: Params, where: Where | None) -> list[tuple[str, Tensor]]:
         if not chosen:
             raise ValueError(f"add_penalty_: where selects no parameter. {_known(pairs)}")
         return chosen
-    patterns = (where,) if isinstance(where, str) else tuple(where)
+    patterns: Sequence[str] = (where,) if isinstance(where, str) else where
+    if not isinstance(patterns, Sequence) or not all(isinstance(one, str) for one in patterns):
+        raise TypeError(
+            "add_penalty_: where must be a pattern, a list of patterns or a predicate on (name, parameter), "
+            f"got {shown(where)}."
+        )
+    if not patterns:
+        raise ValueError(f"add_penalty_: where holds no pattern. Use None for all. {_known(pairs)}")
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name, _ in pairs):
             raise ValueError(f"add_penalty_: where {pattern!r} matches no parameter. {_known(pairs)}")

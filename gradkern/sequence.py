@@ -68,8 +68,8 @@ class Chunks(Iterator[T]):
     """The chunks of a sequence in turn, and the state between them; see `truncated_bptt`."""
 
     def __init__(self, sequence: T, state: Any, steps: int, batch_first: bool) -> None:
-        if isinstance(steps, bool) or steps != int(steps) or steps < 1:
-            raise ValueError(f"truncated_bptt: steps must be a whole number of at least 1, got {steps}.")
+        if isinstance(steps, bool) or not hasattr(steps, "__index__") or steps < 1:
+            raise ValueError(f"truncated_bptt: steps must be a whole number of at least 1, got {steps!r}.")
         self._dim = 1 if batch_first else 0
         lengths = dict(_lengths(sequence, self._dim, "sequence"))
         if not lengths:

@@ -322,8 +322,8 @@ def test_saving_and_loading_in_mid_stream_changes_no_bit(policy: policies.Policy
         params = {name: nn.Parameter(torch.full((3, 2), 0.1)) for name in ("rnn", "head", "other")}
         clipper = gradkern.Clipper(params, policy)
         generator = torch.Generator().manual_seed(3)
-        for step in range(60):
-            if interrupted and step == 31:
+        for step in range(200):
+            if interrupted and step == 131:
                 saved = clipper.state_dict()
                 clipper = gradkern.Clipper(params, policy)
                 clipper.load_state_dict(saved)
@@ -355,7 +355,15 @@ def test_a_state_can_be_loaded_for_the_names_in_both() -> None:
     assert clipper.state_dict()["policy"]["per_tensor"]["gamma"].tolist() == [0.5, INF]
 
 
-@pytest.mark.parametrize("saved", [{}, {"policy": {}}, {"policy": {}, "tally": {"counts": torch.zeros(3)}}])
+@pytest.mark.parametrize(
+    "saved",
+    [
+        {},
+        {"policy": {}},
+        {"policy": {}, "tally": {"counts": torch.zeros(3)}},
+        {"policy": None, "tally": None},
+    ],
+)
 def test_what_is_no_state_is_refused(saved: dict[str, object]) -> None:
     with pytest.raises(ValueError, match="load_state_dict"):
         gradkern.Clipper([weight(1.0)]).load_state_dict(saved)
@@ -518,3 +526,13 @@ def test_it_says_what_it_is() -> None:
     assert repr(clipper) == f"Clipper({gradkern.Value(0.5)!r}, 2 parameters)"
     clipper.attach(torch.optim.SGD(model.parameters(), lr=0.1))
     assert repr(clipper).endswith(", 2 parameters, attached)")
+
+
+def test_metrics_show_the_z_of_the_norm_of_a_chain_that_skips() -> None:
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    clipper = gradkern.Clipper(model, policies.Chain(policies.SkipSpike(), policies.GlobalNorm(1.0)))
+    clipper.attach(optimizer)
+    backward(model, 0)
+    optimizer.step()
+    assert "z" in clipper.metrics()

@@ -248,3 +248,11 @@ def test_what_cannot_be_added_to_is_named_before_anything_is_written(
 def test_something_that_is_no_parameter_is_named() -> None:
     with pytest.raises(TypeError, match=r"add_penalty_: parameters\[0\] is a Linear"):
         gradkern.add_penalty_([nn.Linear(1, 1)], l2=1.0)  # type: ignore[list-item]
+
+
+@pytest.mark.parametrize(("where", "kind"), [([], ValueError), (5, TypeError), ([5], TypeError)])
+def test_where_must_hold_patterns(where: object, kind: type[Exception]) -> None:
+    weight = torch.nn.Parameter(torch.ones(1))
+    with pytest.raises(kind, match="add_penalty_: where"):
+        gradkern.add_penalty_(weight, l2=1.0, where=where)  # type: ignore[arg-type]
+    assert weight.grad is None

@@ -144,7 +144,7 @@ def test_a_packed_sequence_is_refused_with_a_reason() -> None:
         gradkern.truncated_bptt((packed, packed), None, 2)
 
 
-@pytest.mark.parametrize("steps", [0, -1, 1.5, True])
+@pytest.mark.parametrize("steps", [0, -1, 1.5, True, float("inf"), None])
 def test_impossible_steps_are_refused(steps: Any) -> None:
     with pytest.raises(ValueError, match=r"truncated_bptt: steps must be a whole number of at least 1"):
         gradkern.truncated_bptt(torch.zeros(4, 1), None, steps)

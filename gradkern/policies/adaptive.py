@@ -18,6 +18,7 @@ from gradkern.policies.protocol import (
     State,
     Update,
     check_limit,
+    check_number,
     check_positive,
     check_share,
     check_steps,
@@ -56,6 +57,7 @@ class Percentile(Policy):
     per: Literal["global", "tensor"] = "global"
 
     def __post_init__(self) -> None:
+        check_number(self, "percentile", self.percentile)
         if not 0.0 <= self.percentile <= 100.0:
             raise ValueError(f"Percentile: percentile must be between 0 and 100, got {self.percentile}.")
         if self.window is not None:
@@ -122,6 +124,8 @@ class Percentile(Policy):
         """The percentile of the `size` norms that are written in each row; inf where there are none."""
         # The percentile of a smaller sample is never deeper than that of a full window.
         depth = math.ceil(self._share * (norms.shape[-1] - 1)) + 1
+        # A history that another percentile has begun may have its unwritten slots on the other side.
+        norms = torch.where(norms.abs() < math.inf, norms, math.inf if self._is_low else -math.inf)
         extremes = norms.topk(depth, -1, largest=not self._is_low).values
         first, second = extremes.gather(-1, state.constants["ends"].index_select(0, size)).unbind(-1)
         along = state.constants["along"].index_select(0, size)
@@ -208,7 +212,8 @@ class ZClip(Policy):
         """One coefficient."""
         mean, variance, count = state.shared["mean"], state.shared["variance"], state.shared["count"]
         norm = measured.norm()
-        a, b, z_limit = state.constants["steps"].index_select(0, count).squeeze(0).unbind(0)
+        seen = count.clamp_max(self.warmup)  # a history may come from a run with a longer warm-up
+        a, b, z_limit = state.constants["steps"].index_select(0, seen).squeeze(0).unbind(0)
         std = variance.sqrt()
         z = (norm - mean) / (std + self.eps)
         is_spike = z > z_limit

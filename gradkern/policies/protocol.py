@@ -85,7 +85,14 @@ class Layout(NamedTuple):
             if not any(chosen):
                 raise ValueError(f"{parameter} selects no tensor. {self._known()}")
             return chosen
-        patterns = (pattern,) if isinstance(pattern, str) else tuple(pattern)
+        patterns: Sequence[str] = (pattern,) if isinstance(pattern, str) else pattern
+        if not isinstance(patterns, Sequence) or not all(isinstance(one, str) for one in patterns):
+            raise TypeError(
+                f"{parameter} must be a pattern, a list of patterns or a predicate on names, got "
+                f"{shown(pattern)}."
+            )
+        if not patterns:
+            raise ValueError(f"{parameter} holds no pattern. Use None for all tensors.")
         for one in patterns:
             if not any(fnmatchcase(name, one) for name in self.names):
                 raise ValueError(f"{parameter} {one!r} matches no tensor. {self._known()}")
@@ -329,7 +336,7 @@ class State:
                 which are listed. Nothing has been loaded.
         """
         for key in ("names", "policy"):
-            if key not in saved:
+            if not isinstance(saved, Mapping) or key not in saved:
                 raise ValueError(
                     f"load_state_dict: {key!r} is missing, so this was not saved by a policy's state_dict()."
                 )
@@ -386,9 +393,10 @@ class State:
             for key, target in mine.items():
                 source = theirs[key]
                 wanted = (*lead, *target.shape[len(lead) :])
-                if tuple(source.shape) != wanted:
+                shape = getattr(source, "shape", ())
+                if not isinstance(source, Tensor) or tuple(shape) != wanted:
                     raise ValueError(
-                        f"load_state_dict: {place}.{key} has shape {list(source.shape)}, not {list(wanted)}. "
+                        f"load_state_dict: {place}.{key} has shape {list(shape)}, not {list(wanted)}. "
                         "Build the policy with the window it was saved with."
                     )
                 if not lead or (rows == sources and len(rows) == len(target) == count):
@@ -484,7 +492,7 @@ def _scale(stats: Tensor, coef: Tensor) -> Tensor:
     return torch.cat((stats.narrow(-1, SUM_SQ, 2) * factors, stats.narrow(-1, NAN_COUNT, 3)), -1)
 
 
-def _check_number(policy: Policy, parameter: str, value: object) -> None:
+def check_number(policy: Policy, parameter: str, value: object) -> None:
     """Refuse what cannot be compared with a number."""
     try:
         value < 0  # type: ignore[operator]  # noqa: B015
@@ -495,7 +503,7 @@ def _check_number(policy: Policy, parameter: str, value: object) -> None:
 
 def check_limit(policy: Policy, parameter: str, value: float) -> None:
     """Refuse a limit that is negative or NaN."""
-    _check_number(policy, parameter, value)
+    check_number(policy, parameter, value)
     if not value >= 0:
         raise ValueError(
             f"{type(policy).__name__}: {parameter} must not be negative, got {value}. Use inf for no limit."
@@ -504,14 +512,14 @@ def check_limit(policy: Policy, parameter: str, value: float) -> None:
 
 def check_positive(policy: Policy, parameter: str, value: float) -> None:
     """Refuse a number that is not positive and finite."""
-    _check_number(policy, parameter, value)
+    check_number(policy, parameter, value)
     if not 0 < value < math.inf:
         raise ValueError(f"{type(policy).__name__}: {parameter} must be positive and finite, got {value}.")
 
 
 def check_share(policy: Policy, parameter: str, value: float) -> None:
     """Refuse a smoothing factor outside [0, 1)."""
-    _check_number(policy, parameter, value)
+    check_number(policy, parameter, value)
     if not 0 <= value < 1:
         raise ValueError(
             f"{type(policy).__name__}: {parameter} must be at least 0 and below 1, got {value}. It is the "
@@ -521,8 +529,8 @@ def check_share(policy: Policy, parameter: str, value: float) -> None:
 
 def check_steps(policy: Policy, parameter: str, value: int, least: int) -> None:
     """Refuse a number of steps that is no whole number or below `least`."""
-    _check_number(policy, parameter, value)
-    if not value < math.inf or value != int(value) or value < least:
+    check_number(policy, parameter, value)
+    if not hasattr(value, "__index__") or isinstance(value, bool) or value < least:
         raise ValueError(
             f"{type(policy).__name__}: {parameter} must be a whole number of at least {least}, got {value}."
         )

@@ -158,7 +158,7 @@ class SkipSpike(Policy):
         enters = norm > 0  # of an empty step the loss does not enter either
         return Decision(
             skip=skip,
-            info={"norm": norm, "z": z},
+            info={"norm": norm, "z": z.select(0, 0)} | ({} if loss is None else {"loss_z": z.select(0, 1)}),
             updates=(
                 Update(values, x, enters, (count % self.window).unsqueeze(-1)),
                 Update(count, count + 1, enters),

@@ -245,3 +245,37 @@ def test_rules_without_an_absolute_limit_do_not_depend_on_the_scale(
 def test_an_impossible_parameter_is_refused(make: Callable[[], Policy], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def state_after(policy: Policy, norms: list[float]) -> dict[str, object]:
+    """A policy's saved state after steps with these norms."""
+    layout = gradkern.policies.Layout(("w",), ((1,),), torch.device("cpu"))
+    state = policy.init(layout)
+    for norm in norms:
+        total = torch.tensor([norm * norm, norm, 0, 0, 0], dtype=torch.float64)
+        policy.decide(measured_of(total), state).commit(torch.tensor(True))
+    return state.state_dict()
+
+
+def measured_of(total: torch.Tensor) -> gradkern.policies.Measured:
+    return gradkern.policies.Measured(total, total.unsqueeze(0), good=torch.tensor(True))
+
+
+@pytest.mark.parametrize(("before", "after"), [(90.0, 10.0), (10.0, 90.0)])
+def test_a_history_serves_another_percentile(before: float, after: float) -> None:
+    policy = gradkern.Percentile(after)
+    state = policy.init(gradkern.policies.Layout(("w",), ((1,),), torch.device("cpu")))
+    state.load_state_dict(state_after(gradkern.Percentile(before), [1.0, 2.0, 3.0, 4.0]))
+    total = torch.tensor([25.0, 5.0, 0, 0, 0], dtype=torch.float64)
+    threshold = policy.decide(measured_of(total), state).info["threshold"].item()
+    assert threshold == pytest.approx({10.0: 1.4, 90.0: 4.6}[after], rel=1e-12)
+
+
+def test_a_history_of_zclip_serves_a_shorter_warm_up() -> None:
+    norms = [1.0, 1.2, 0.8, 1.0, 1.1]
+    policy = gradkern.ZClip(warmup=2, max_norm=None)
+    state = policy.init(gradkern.policies.Layout(("w",), ((1,),), torch.device("cpu")))
+    state.load_state_dict(state_after(gradkern.ZClip(warmup=5, max_norm=None), norms))
+    total = torch.tensor([81.0, 9.0, 0, 0, 0], dtype=torch.float64)
+    expected = replay(gradkern.ZClip(warmup=5, max_norm=None), [*norms, 9.0]).coef[-1]
+    assert torch.equal(policy.decide(measured_of(total), state).coef, expected)

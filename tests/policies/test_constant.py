@@ -340,3 +340,17 @@ def test_policies_without_tensors_have_nothing_to_do() -> None:
         )
         assert decision.coef is not None
         assert decision.coef.numel() == (1 if policy == gradkern.GlobalNorm(1.0) else 0)
+
+
+@pytest.mark.parametrize("pattern", [[], ()])
+def test_no_pattern_at_all_is_refused(pattern: object) -> None:
+    layout = gradkern.policies.Layout(("w",), ((1,),), torch.device("cpu"))
+    with pytest.raises(ValueError, match="GlobalNorm: apply_to holds no pattern"):
+        gradkern.GlobalNorm(1.0, apply_to=pattern).init(layout)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("pattern", [5, [5]])
+def test_what_is_no_pattern_is_refused(pattern: object) -> None:
+    layout = gradkern.policies.Layout(("w",), ((1,),), torch.device("cpu"))
+    with pytest.raises(TypeError, match="GlobalNorm: apply_to must be a pattern"):
+        gradkern.GlobalNorm(1.0, apply_to=pattern).init(layout)  # type: ignore[arg-type]

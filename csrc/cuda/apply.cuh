@@ -23,6 +23,13 @@ GRADKERN_DEVICE Stats known_stats(const ApplyArgs& args, int tensor) {
 /// looked at where their units are.
 GRADKERN_DEVICE bool anything_changes(const ApplyArgs& args) {
   if (args.scope == CoefScope::kUnit) return true;
+  // The common case needs one number: with a coefficient of 1 for all only a bound or a word can change
+  // anything, and no row has to be looked at.
+  if (args.scope == CoefScope::kGlobal && args.coef[0] == 1 && args.nonfinite != NonFinite::kZero) {
+    bool bounded = false;
+    for (const double bound : args.bounds) bounded = bounded || bound < INFINITY;
+    if (!bounded) return false;
+  }
   bool mine = false;
   for (int t = threadIdx.x; t < args.plan.tensor_count; t += kBlock) {
     mine = mine || changes(action_for(args, t, 0), known_stats(args, t));

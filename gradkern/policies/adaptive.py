@@ -88,8 +88,8 @@ class Percentile(Policy):
             "along": layout.floats([r - math.floor(r) for r in ranks]),
         }
         if self.per == "tensor":
-            return State(self, layout, constants=constants, per_tensor=history)
-        return State(self, layout, constants=constants, shared=history)
+            return State(self, layout, constants=constants, per_tensor=history, unwritten={"norms": fill})
+        return State(self, layout, constants=constants, shared=history, unwritten={"norms": fill})
 
     def decide(self, measured: Measured, state: State) -> Decision:
         """One coefficient, or one per tensor."""
@@ -124,8 +124,6 @@ class Percentile(Policy):
         """The percentile of the `size` norms that are written in each row; inf where there are none."""
         # The percentile of a smaller sample is never deeper than that of a full window.
         depth = math.ceil(self._share * (norms.shape[-1] - 1)) + 1
-        # A history that another percentile has begun may have its unwritten slots on the other side.
-        norms = torch.where(norms.abs() < math.inf, norms, math.inf if self._is_low else -math.inf)
         extremes = norms.topk(depth, -1, largest=not self._is_low).values
         first, second = extremes.gather(-1, state.constants["ends"].index_select(0, size)).unbind(-1)
         along = state.constants["along"].index_select(0, size)

@@ -300,7 +300,8 @@ class State:
 
     `constants` follow from the policy and the layout and are not saved. `shared` belongs to the run as a
     whole. `per_tensor` has one entry along dim 0 for each of `layout.names`, and is saved and restored by
-    name. `stages` are the states of a chain's stages.
+    name. `stages` are the states of a chain's stages. `unwritten` says what stands where nothing is written yet:
+    a loaded history may have been begun under another parameter, and its infinities then become these.
     """
 
     def __init__(
@@ -312,6 +313,7 @@ class State:
         shared: Mapping[str, Tensor] | None = None,
         per_tensor: Mapping[str, Tensor] | None = None,
         stages: Sequence[State] = (),
+        unwritten: Mapping[str, float] | None = None,
     ) -> None:
         self.policy = type(policy).__name__
         self.layout = layout
@@ -319,6 +321,7 @@ class State:
         self.shared = dict(shared or {})
         self.per_tensor = dict(per_tensor or {})
         self.stages = tuple(stages)
+        self.unwritten = dict(unwritten or {})
 
     def state_dict(self) -> dict[str, Any]:
         """A copy that `load_state_dict` takes, on the same device. Reads nothing on the host."""
@@ -399,6 +402,8 @@ class State:
                         f"load_state_dict: {place}.{key} has shape {list(shape)}, not {list(wanted)}. "
                         "Build the policy with the window it was saved with."
                     )
+                if key in self.unwritten:
+                    source = torch.where(source.abs() < math.inf, source, self.unwritten[key])
                 if not lead or (rows == sources and len(rows) == len(target) == count):
                     plan.append((target, source))
                 else:

@@ -300,8 +300,8 @@ class State:
 
     `constants` follow from the policy and the layout and are not saved. `shared` belongs to the run as a
     whole. `per_tensor` has one entry along dim 0 for each of `layout.names`, and is saved and restored by
-    name. `stages` are the states of a chain's stages. `unwritten` says what stands where nothing is written yet:
-    a loaded history may have been begun under another parameter, and its infinities then become these.
+    name. `stages` are the states of a chain's stages. `unwritten` says what stands where nothing is written
+    yet: the infinities of a loaded history, begun under another parameter perhaps, become this.
     """
 
     def __init__(

@@ -172,10 +172,11 @@ class Clipper:
     def attach(self, optimizer: torch.optim.Optimizer) -> Clipper:
         """Clip inside every `optimizer.step()` from now on. Returns the clipper.
 
-        Works for any optimizer of torch's kind, under a GradScaler too (call neither `scaler.unscale_` nor
-        anything else for it), and clips what the optimizer steps, whatever else the model has; of several
-        optimizers each takes a clipper of its own. Groups with the key `clip_grad=False` are neither measured
-        nor scaled (though their NaN still skip the step).
+        Works for any optimizer of torch's kind that takes no closure, subclasses that call `super().step()`
+        and wrappers that run the hooks of `torch.optim.Optimizer` among them; under a GradScaler too (call
+        neither `scaler.unscale_` nor anything else for it). It clips what the optimizer steps, whatever else
+        the model has; of several optimizers each takes a clipper of its own. Groups with the key
+        `clip_grad=False` are neither measured nor scaled (though their NaN still skip the step).
 
         A bad step is skipped without a host read by the fused Adam, AdamW, SGD and Adagrad, and on the CPU by
         every optimizer. On another device with another optimizer one flag a step is read on the host, and a
@@ -206,8 +207,8 @@ class Clipper:
         """Undo `attach`: the optimizer is left as it was."""
         if self._attachment is None:
             raise RuntimeError("Clipper.detach: it is not attached.")
-        self._attachment.remove()
-        self._attachment = None
+        attachment, self._attachment = self._attachment, None
+        attachment.remove()
 
     @contextlib.contextmanager
     def accumulating(self) -> Iterator[None]:
@@ -242,7 +243,8 @@ class Clipper:
 
         Clips what the optimizer steps, from now on only that, and tells the scaler whether an Inf or NaN
         was found; call `scaler.step(optimizer)` and `scaler.update()` afterwards, as ever. Gradients may be
-        of any dtype.
+        of any dtype. Waits for no device, except that a fused SGD with dampening is asked once, before its
+        first step, whether it may take it.
 
         Raises:
             TypeError: `optimizer` is none of torch.

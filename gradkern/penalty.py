@@ -80,8 +80,10 @@ def add_penalty_(params: Params, *, l1: float = 0.0, l2: float = 0.0, where: Whe
     return ops.add_penalty_(grads, weights, l1, l2).sum()
 
 
-def recurrent(name: str, param: Tensor) -> bool:
+def recurrent(name: str, param: Tensor | None = None) -> bool:
     """Whether `name` is that of recurrent weights of RNN, LSTM, GRU or one of their cells: ``weight_hh*``.
+
+    For `add_penalty_(where=...)` and for the patterns of policies, which give the name alone.
 
     >>> [name for name, weight in torch.nn.LSTM(2, 3).named_parameters() if gradkern.recurrent(name, weight)]
     ['weight_hh_l0']

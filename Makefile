@@ -89,9 +89,7 @@ gpu: .venv/built
 bench: .venv/built
 	$(BIN)/python -m benchmarks
 
-# Not in requirements-dev.txt: it is of use only beside an nvcc.
 cuda-report: .venv/installed
-	$(BIN)/python -m pip install --quiet nvidia-cuda-cuobjdump
 	$(BIN)/python -m tests.cuda.report
 
 sanitize: .venv/installed

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import torch
@@ -72,3 +75,14 @@ def round_to(values: np.ndarray, dtype: torch.dtype) -> np.ndarray:
         rounded = ((raw + 0x7FFF + ((raw >> 16) & 1)) >> 16 << 16).astype(np.uint32).view(np.float32)
         single = np.where(np.isnan(single), single, rounded)
     return single.astype(np.float64)
+
+
+def load_setup() -> ModuleType:
+    """setup.py as a module, without building anything."""
+    path = Path(__file__).resolve().parent.parent / "setup.py"
+    spec = importlib.util.spec_from_file_location("gradkern_setup", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

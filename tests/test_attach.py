@@ -315,7 +315,8 @@ def test_good_steps_between_bad_ones_start_the_count_anew() -> None:
 
 
 def test_none_sets_no_limit_on_skips() -> None:
-    clipped_in_step(FUSED["adamw"], 40, range(40), max_consecutive_skips=None)
+    _, _, clipper = clipped_in_step(FUSED["adamw"], 40, range(40), max_consecutive_skips=None)
+    assert clipper.metrics()["skipped_steps"] == 40
 
 
 def test_a_policy_that_skips_for_ever_names_the_largest_gradients() -> None:
@@ -646,7 +647,9 @@ def test_an_optimizer_without_gradients_steps_as_without_a_clipper() -> None:
     for make in (FUSED["adamw"], OTHERS["rmsprop"]):
         optimizer = make(model.parameters())
         gradkern.Clipper(model).attach(optimizer)
+        before = [parameter.detach().clone() for parameter in model.parameters()]
         optimizer.step()
+        assert all(map(torch.equal, model.parameters(), before))
 
 
 # Attaching, detaching, and what is refused

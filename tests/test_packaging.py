@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import importlib.util
 import json
 import os
 import shutil
@@ -20,6 +19,7 @@ import pytest
 import torch
 
 from gradkern import ops
+from tests.helpers import load_setup
 
 ROOT = Path(__file__).resolve().parents[1]
 AGAIN = "and install gradkern again with `pip install --no-build-isolation`"
@@ -53,12 +53,7 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def setup_py() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("gradkern_setup", ROOT / "setup.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_setup()
 
 
 @pytest.fixture

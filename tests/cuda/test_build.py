@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import re
 import shutil
@@ -22,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import gradkern
 from gradkern import ops
 from tests.cuda.runtime.test_launch import ALWAYS_ALLOWED, BESIDE_CAPTURE, COMPILER
+from tests.helpers import load_setup
 
 ROOT = Path(__file__).resolve().parents[2]
 KERNELS = {"stats", "value", "apply", "unit_sums", "exponents", "penalty"}
@@ -48,12 +48,7 @@ def says(*command: str | Path) -> str:
 
 def found_toolkit() -> Any:
     """The toolkit that setup.py finds here; without one the test is skipped."""
-    spec = importlib.util.spec_from_file_location("gradkern_setup", ROOT / "setup.py")
-    assert spec is not None
-    assert spec.loader is not None
-    setup = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(setup)
-    toolkit = setup.find_toolkit({**os.environ, "GRADKERN_CUDA": ""})
+    toolkit = load_setup().find_toolkit({**os.environ, "GRADKERN_CUDA": ""})
     if isinstance(toolkit, str):
         pytest.skip(toolkit)
     return toolkit

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+
+from tests.helpers import load_setup
 
 ROOT = Path(__file__).resolve().parents[2]
 AGAIN = "and install gradkern again with `pip install --no-build-isolation`"
@@ -21,12 +22,7 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def setup_py() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("gradkern_setup", ROOT / "setup.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_setup()
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tests.diagnosis.runs import Batch, LossFn, Setup
+from tests.diagnosis.runs import Batch, Setup
 
 Builder = Callable[[], Setup]
 
@@ -44,7 +44,6 @@ class Case:
     source: str = "own"
     twin: str = ""
     outcome: str = "learns"
-    rows_every: int = 10
     slow: bool = False
 
     @property
@@ -289,24 +288,6 @@ def adam(model: nn.Module, lr: float = 1e-3, **options: Any) -> torch.optim.Opti
     return torch.optim.Adam(model.parameters(), lr=lr, **options)
 
 
-def time_norms(model: nn.Module, x: Tensor, y: Tensor, loss: LossFn) -> list[float]:
-    """||dL/dh_t|| for each step t, by running the recurrent net one step at a time."""
-    assert isinstance(model, Recurrent)
-    inputs = model.embed(x) if model.embed is not None else x
-    state, states = None, []
-    for t in range(inputs.shape[1]):
-        out, state = model.rnn(inputs[:, t : t + 1], state)
-        states.append(state[0] if isinstance(state, tuple) else state)
-    read = torch.stack([s[-1] for s in states], 1)
-    out = model.head(read if model.every else read[:, -1])
-    if out.dim() == 2 and y.is_floating_point():
-        value = F.mse_loss(out, y)
-    else:
-        value = F.cross_entropy(out.reshape(-1, out.shape[-1]), y.reshape(-1))
-    grads = torch.autograd.grad(value, states, allow_unused=True)
-    return [0.0 if g is None else float(g.norm()) for g in grads]
-
-
 # Healthy runs
 
 
@@ -422,23 +403,19 @@ def healthy_unscaled_inputs_with_batchnorm() -> Setup:
 @case(split="tune")
 def healthy_lstm() -> Setup:
     model = Recurrent("LSTM", 4, 24, 4)
-    return Setup(model, adam(model, 0.01), last_symbol(32, 12), cross_entropy, 150, time_probe=time_norms)
+    return Setup(model, adam(model, 0.01), last_symbol(32, 12), cross_entropy, 150, probes_time=True)
 
 
 @case(split="held")
 def healthy_gru_clipped_always() -> Setup:
     model = Recurrent("GRU", 12, 24, 12, tokens=True, every=True)
-    return Setup(
-        model, adam(model, 0.01), markov(16, 16), cross_entropy, 200, clip=0.1, time_probe=time_norms
-    )
+    return Setup(model, adam(model, 0.01), markov(16, 16), cross_entropy, 200, clip=0.1, probes_time=True)
 
 
 @case(split="tune")
 def healthy_rnn_clipped() -> Setup:
     model = Recurrent("RNN", 12, 32, 12, tokens=True, every=True)
-    return Setup(
-        model, sgd(model, 0.5, 0.5), markov(16, 20), cross_entropy, 250, clip=0.25, time_probe=time_norms
-    )
+    return Setup(model, sgd(model, 0.5, 0.5), markov(16, 20), cross_entropy, 250, clip=0.25, probes_time=True)
 
 
 @case(split="tune")
@@ -633,25 +610,25 @@ def healthy_contrastive() -> Setup:
     return Setup(model, adam(model, 3e-3), sampler(x, x, 32), loss, 250)
 
 
-@case(split="tune", slow=True, rows_every=100)
+@case(split="tune", slow=True)
 def healthy_long_classifier() -> Setup:
     model = mlp((10, 16, 4))
     return Setup(model, adam(model, 2e-3), sampler(*blobs(spread=2.5), 8), cross_entropy, 20_000)
 
 
-@case(split="held", slow=True, rows_every=100)
+@case(split="held", slow=True)
 def healthy_long_regression() -> Setup:
     model = mlp((8, 16, 1), nn.Tanh)
     return Setup(model, sgd(model, 0.02, 0.9), sampler(*teacher(), 4), squared_error, 20_000)
 
 
-@case(split="held", slow=True, rows_every=100)
+@case(split="held", slow=True)
 def healthy_long_rnn() -> Setup:
     model = Recurrent("RNN", 4, 8, 4)
     return Setup(model, sgd(model, 0.05, 0.9), last_symbol(8, 6), cross_entropy, 20_000, clip=1.0)
 
 
-@case(split="held", slow=True, rows_every=100)
+@case(split="held", slow=True)
 def healthy_long_separable() -> Setup:
     """Interpolates its data: gradients and losses over many orders of magnitude."""
     model = mlp((2, 24, 2))
@@ -694,7 +671,7 @@ def exploding_rnn() -> Setup:
         model.rnn.bias_hh_l0.zero_()
     model.rnn.nonlinearity = "relu"
     model.rnn.mode = "RNN_RELU"
-    return Setup(model, sgd(model, 0.01), adding(20, 30), squared_error, 150, time_probe=time_norms)
+    return Setup(model, sgd(model, 0.01), adding(20, 30), squared_error, 150, probes_time=True)
 
 
 @case("architecture", split="held", must=("exploding_gradient",), source="article")
@@ -706,10 +683,7 @@ def exploding_rnn_tokens() -> Setup:
     def loss(m: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         return F.cross_entropy(m(x), y[:, -1])
 
-    def probe(m: nn.Module, x: Tensor, y: Tensor, _: LossFn) -> list[float]:
-        return time_norms(m, x, y[:, -1], loss)
-
-    return Setup(model, sgd(model, 0.05), markov(16, 24), loss, 150, time_probe=probe)
+    return Setup(model, sgd(model, 0.05), markov(16, 24), loss, 150, probes_time=True)
 
 
 @case("data", split="tune", must=("exploding_gradient", "loss_nonfinite"), source="article")
@@ -773,7 +747,7 @@ def lr_high_transformer() -> Setup:
 @case("optimizer", split="tune", must=LR_SIGNS)
 def lr_high_lstm() -> Setup:
     model = Recurrent("LSTM", 2, 16, 1)
-    return Setup(model, sgd(model, 20.0), adding(20, 20), squared_error, 150, time_probe=time_norms)
+    return Setup(model, sgd(model, 20.0), adding(20, 20), squared_error, 150, probes_time=True)
 
 
 @case("optimizer", split="held", must=LR_SIGNS)
@@ -842,9 +816,7 @@ def overclipped_sgd() -> Setup:
 @case("optimizer", split="held", must=("overclipped",))
 def overclipped_rnn() -> Setup:
     model = Recurrent("RNN", 4, 24, 4)
-    return Setup(
-        model, sgd(model, 0.1), last_symbol(64, 12), cross_entropy, 250, clip=3e-5, time_probe=time_norms
-    )
+    return Setup(model, sgd(model, 0.1), last_symbol(64, 12), cross_entropy, 250, clip=3e-5, probes_time=True)
 
 
 @case("optimizer", split="tune", must=("clip_starvation", "overclipped"))
@@ -908,7 +880,7 @@ def vanishing_rnn() -> Setup:
         return x, x[:, 0].argmax(1)
 
     nn.init.orthogonal_(model.rnn.weight_hh_l0, gain=0.6)
-    return Setup(model, sgd(model, 0.1), first, cross_entropy, 150, time_probe=time_norms)
+    return Setup(model, sgd(model, 0.1), first, cross_entropy, 150, probes_time=True)
 
 
 @case("architecture", split="tune", must=("dead_relu", "zero_gradient"))
@@ -1189,10 +1161,7 @@ def repaired_by_lstm() -> Setup:
     def loss(m: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         return F.cross_entropy(m(x), y[:, -1])
 
-    def probe(m: nn.Module, x: Tensor, y: Tensor, _: LossFn) -> list[float]:
-        return time_norms(m, x, y[:, -1], loss)
-
-    return Setup(model, adam(model, 0.01), markov(16, 24), loss, 150, time_probe=probe)
+    return Setup(model, adam(model, 0.01), markov(16, 24), loss, 150, probes_time=True)
 
 
 @case(split="tune", twin="exploding_unscaled_targets", source="article")

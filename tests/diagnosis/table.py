@@ -44,7 +44,7 @@ class Outcome:
 
 
 def outcome_of(verdict: Verdict) -> Outcome:
-    case, diagnosis = verdict.case, verdict.diagnosis
+    case, watched = verdict.case, verdict.watched
     return Outcome(
         case.name,
         case.split,
@@ -55,9 +55,9 @@ def outcome_of(verdict: Verdict) -> Outcome:
         verdict.is_detected,
         verdict.is_right,
         verdict.alarms,
-        {name: rule(verdict.record) for name, rule in RULES.items()},
-        f"{diagnosis.category}, {', '.join(sorted(verdict.kinds)) or 'silent'}"
-        + (f"; while it ran {sorted(verdict.live)}" if case.is_healthy and verdict.live else ""),
+        {name: rule(watched.record) for name, rule in RULES.items()},
+        f"{watched.diagnosis.category}, {', '.join(sorted(verdict.kinds)) or 'silent'}"
+        + (f"; while it ran {sorted(watched.live)}" if case.is_healthy and watched.live else ""),
     )
 
 

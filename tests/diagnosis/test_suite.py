@@ -6,10 +6,9 @@ import re
 
 import pytest
 
-from gradkern.diagnosis import diagnose
 from tests.diagnosis import intervals, table
 from tests.diagnosis.judge import run_case
-from tests.diagnosis.runs import monitored_run, record_run
+from tests.diagnosis.runs import watch
 from tests.diagnosis.suite import CASES, make
 
 # What the table has to show at least, on any machine: the right root cause of this share of the faults, and
@@ -28,7 +27,7 @@ PAIRS = [(case.twin, name) for name, case in CASES.items() if case.twin]
 def test_a_run_is_judged_as_it_is_labelled(name: str) -> None:
     verdict = run_case(name, 0)
     assert verdict.is_as_labelled
-    assert verdict.is_right, str(verdict.diagnosis)
+    assert verdict.is_right, str(verdict.watched.diagnosis)
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -41,7 +40,7 @@ def test_a_fix_of_the_article_turns_an_alarm_into_silence(broken: str, repaired:
 @pytest.mark.filterwarnings("ignore")
 def test_the_clip_that_is_advised_repairs_the_regression_of_the_article() -> None:
     name = "exploding_unscaled_targets"
-    broken = diagnose(record_run(make(name, 3)))
+    broken = watch(make(name, 3)).diagnosis
     assert "exploding_gradient" in {finding.kind for finding in broken.alarms}
     assert broken.began["layer"] is not None
     (advice,) = [entry for entry in broken.advice if entry.title.startswith("Clip at")]
@@ -49,36 +48,15 @@ def test_the_clip_that_is_advised_repairs_the_regression_of_the_article() -> Non
     assert threshold is not None
     setup = make(name, 3)
     setup.clip, setup.steps = float(threshold[1]), 600
-    repaired = record_run(setup)
-    _, losses = repaired.scalar("loss")
+    repaired = watch(setup)
+    _, losses = repaired.record.scalar("loss")
     assert losses[-50:].mean() < 0.5 * losses[:10].mean()
-    assert diagnose(repaired).is_healthy, str(diagnose(repaired))
-
-
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize(
-    "name",
-    [
-        "healthy_cnn",
-        "healthy_transformer_warmup",
-        "exploding_depth_relu",
-        "lr_jump",
-        "dead_bias",
-        "zero_init",
-    ],
-)
-def test_the_monitor_records_what_leads_to_the_same_cause(name: str) -> None:
-    diagnosis = diagnose(monitored_run(make(name, 0)))
-    case = CASES[name]
-    if case.is_healthy:
-        assert diagnosis.is_healthy, str(diagnosis)
-    else:
-        assert diagnosis.category in case.causes, str(diagnosis)
+    assert repaired.diagnosis.is_healthy, str(repaired.diagnosis)
 
 
 @pytest.mark.filterwarnings("ignore")
 def test_the_same_seed_makes_the_same_run() -> None:
-    first, second = (record_run(make("healthy_mlp_adam", 5)).scalar("loss")[1] for _ in range(2))
+    first, second = (watch(make("healthy_mlp_adam", 5)).record.scalar("loss")[1] for _ in range(2))
     assert first.tolist() == second.tolist()
 
 

@@ -100,7 +100,7 @@ def recommend_threshold(record: Record, before: int | None = None, *, of: str = 
         if not len(steps):
             steps, norms = view.scalar("grad_norm")
     _, torch_norms = view.scalar("grad_norm")
-    kept = np.isfinite(norms)
+    kept = np.isfinite(norms) & (norms > 0)
     kept[
         [p for p, _, _ in series.spikes(norms, window=WINDOW, least=LEAST, z=SPIKE_Z, ratio=GRADIENT_RATIO)]
     ] = False
@@ -112,7 +112,8 @@ def recommend_threshold(record: Record, before: int | None = None, *, of: str = 
     if len(usual) >= LEAST_STEPS:
         limit, why = float(np.quantile(usual, QUANTILE)), f"90th percentile of {len(usual)} unspiked steps"
     else:
-        limit, why = article, f"the article's value, for there are only {count(len(usual), 'ordinary step')}"
+        there_is = f"there are only {len(usual)} ordinary steps" if len(usual) > 1 else "no step was ordinary"
+        limit, why = article, f"the article's value, for {there_is}"
     bound = _sgd_bound(view)
     if of == "norm" and bound is not None and bound < limit:
         limit, why = bound, "moves the weights by 1 % a step at this learning rate"
@@ -139,7 +140,7 @@ def advise(view: View, cause: Finding | None, findings: list[Finding]) -> list[A
         *_dtype(view, kinds),
         *_clip(view, cause, kinds),
         *_rate(view, cause, kinds),
-        *_structure(view, findings),
+        *_structure(view, cause, findings),
         *_penalty(kinds),
         *_other(view, cause, kinds),
     ]
@@ -226,11 +227,12 @@ def _clip(view: View, cause: Finding | None, kinds: dict[str, Finding]) -> list[
     signs = [kind for kind in CLIPPABLE if kind in kinds]
     if not signs or "overclipped" in kinds or not len(view.scalar("grad_finite_norm")[0]):
         return []
-    if cause is not None and cause.kind in ("data_nonfinite", "fp16_overflow"):
+    if cause is not None and (cause.kind in ("data_nonfinite", "fp16_overflow") or _is_lost_forward(cause)):
         return []
-    onset = min(kinds[kind].step for kind in signs)
-    limit = recommend_threshold(view, onset if onset > 0 else None)
-    by_value = recommend_threshold(view, onset if onset > 0 else None, of="value")
+    # What depth or time do to gradients they do on every step; everything else has a step at which it began.
+    onset = min((kinds[kind].step for kind in signs if not _is_structure(kinds[kind])), default=None)
+    limit = recommend_threshold(view, onset)
+    by_value = recommend_threshold(view, onset, of="value")
     fires = f"it would have fired on {percent(limit.share)}"
     around = (
         f"; half to ten times the average norm is {number(limit.low)}–{number(limit.high)}"
@@ -264,11 +266,20 @@ def _clip(view: View, cause: Finding | None, kinds: dict[str, Finding]) -> list[
     return found
 
 
+def _is_structure(finding: Finding) -> bool:
+    return finding.evidence.get("axis") in ("depth", "time")
+
+
+def _is_lost_forward(finding: Finding) -> bool:
+    """Whether the first forward pass overflowed, so that neither a clip nor a rate has a say."""
+    return finding.evidence.get("axis") == "forward" and finding.evidence["nonfinite"] == 1.0
+
+
 def _rate(view: View, cause: Finding | None, kinds: dict[str, Finding]) -> list[Advice]:
     _, lrs = view.scalar("lr")
     lr = series.median(lrs)
     high, low, jump = kinds.get("update_ratio_high"), kinds.get("update_ratio_low"), kinds.get("update_spike")
-    if not math.isfinite(lr):
+    if not math.isfinite(lr) or (cause is not None and _is_lost_forward(cause)):
         return []
     if jump is not None and isinstance(jump.evidence["lr_ratio"], float) and jump.evidence["lr_ratio"] >= 3:
         return [
@@ -289,9 +300,19 @@ def _rate(view: View, cause: Finding | None, kinds: dict[str, Finding]) -> list[
             Advice(
                 "Lower the learning rate",
                 f"optimizer.param_groups[0]['lr'] = {better:.0e}",
-                f"updates reach {number(float(high.evidence['largest']))} times the weights at {number(lr)}",
+                f"at {number(lr)} an update is {number(first)} times the weights; a thousandth is usual",
                 "training takes longer",
                 0.92 if cause is high else 0.5,
+            )
+        ]
+    if low is not None and cause is low and "peak_lr" in low.evidence:
+        return [
+            Advice(
+                "Look at the learning-rate schedule",
+                "print(scheduler.get_last_lr())  # scheduler.step() once a batch, or once an epoch?",
+                f"the rate fell from {_evidence(low, 'peak_lr')} to {_evidence(low, 'lr')}",
+                "nothing, if the run was to end there",
+                0.95,
             )
         ]
     if low is not None and cause is low:
@@ -318,7 +339,7 @@ def _rate(view: View, cause: Finding | None, kinds: dict[str, Finding]) -> list[
     return []
 
 
-def _structure(view: View, findings: list[Finding]) -> list[Advice]:
+def _structure(view: View, cause: Finding | None, findings: list[Finding]) -> list[Advice]:
     found = []
     alarms = [finding for finding in findings if finding.is_alarm]
     types = {module.type for module in view.modules}
@@ -357,6 +378,25 @@ def _structure(view: View, findings: list[Finding]) -> list[Advice]:
                     f"{_evidence(finding, 'layers')} layers at {each} make {_evidence(finding, 'total')}",
                     "another network, to be trained anew",
                     0.7,
+                )
+            )
+        if axis in ("forward", "uneven", "scale"):
+            found.append(
+                Advice(
+                    "Initialise so that layers keep the size of what they are given",
+                    "torch.nn.init.kaiming_normal_(layer.weight, nonlinearity='relu')",
+                    finding.sentence.rstrip("."),
+                    "only for a new run",
+                    0.85,
+                )
+            )
+            found.append(
+                Advice(
+                    "Normalise between layers",
+                    "torch.nn.Sequential(layer, torch.nn.LayerNorm(width), activation)",
+                    "what one layer magnifies the next one does not see",
+                    "another network, to be trained anew",
+                    0.65,
                 )
             )
         if axis == "time":
@@ -404,7 +444,7 @@ def _structure(view: View, findings: list[Finding]) -> list[Advice]:
                     "torch.nn.LeakyReLU(0.01)",
                     finding.sentence.rstrip("."),
                     "if a learning rate that is too high killed them, it will hurt elsewhere",
-                    0.75,
+                    0.75 if cause is None or cause is finding else 0.35,
                 )
             )
     return found
@@ -460,15 +500,28 @@ def _other(view: View, cause: Finding | None, kinds: dict[str, Finding]) -> list
                 f"print(model.get_parameter({zero.names[0]!r}).grad)",
                 zero.sentence.rstrip("."),
                 "weights that are zero on both sides of a layer do the same: then initialise them",
-                0.7,
+                0.7 if cause is None or cause is zero else 0.3,
+            )
+        )
+    if cause is not None and cause.kind in ("loss_nonfinite", "grad_nonfinite", "weights_nonfinite"):
+        found.append(
+            Advice(
+                "Find the operation",
+                "print(gradkern.trace_nonfinite(step_fn, model))  # step_fn runs that step",
+                "no number was large before: a logarithm or root of 0, or 0 / 0, makes NaN of sound numbers",
+                "the step is run once more, operation by operation; Monitor(keep_batch=True) has its batch",
+                0.95,
             )
         )
     if cause is not None and cause.kind == "loss_diverging":
+        falls = cause.value < 0
         found.append(
             Advice(
                 "Check the sign of the loss",
                 "loss.backward()  # of what is to become smaller; and no maximize=True",
-                "small updates have made the loss worse from the first step on",
+                "the loss has no lower bound, and is on its way there"
+                if falls
+                else "small updates have made the loss worse from the first step on",
                 "nothing",
                 0.9,
             )

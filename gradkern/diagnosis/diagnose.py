@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
+from enum import IntEnum
 from typing import Final
 
 import numpy as np
 
 from gradkern.diagnosis.advice import advise
 from gradkern.diagnosis.detectors import detect
+from gradkern.diagnosis.detectors.weights import ORDINARY
 from gradkern.diagnosis.findings import Category, Diagnosis, Finding
 from gradkern.diagnosis.health import MOVING_UPDATE, health
-from gradkern.diagnosis.series import finite, median
+from gradkern.diagnosis.series import finite, largest, median
 from gradkern.diagnosis.view import View
 from gradkern.record.schema import Record
 
@@ -48,6 +50,14 @@ EMPTY_AFTER_NAN: Final = frozenset({
     "norms_above_one",
 })  # fmt: skip
 
+# What is left where nothing but NaN and Inf was seen.
+NONFINITE: Final = frozenset({"loss_nonfinite", "grad_nonfinite", "weights_nonfinite"})
+
+# A gradient no more than ten times the usual, and outputs that are far from the range of any dtype, do not
+# overflow at the next step.
+CALM: Final = 10.0
+LARGE_OUTPUT: Final = 1e4
+
 # Where no gradient arrives updates are small whatever the learning rate.
 BLOCKING: Final = frozenset(
     {"vanishing_gradient", "zero_gradient", "dead_relu", "saturated_activation", "overclipped"}
@@ -62,6 +72,21 @@ EARLIER: Final = 3
 # A loss that was never a tenth lower than at first has only ever gone up.
 NEVER_FELL: Final = 0.9
 
+
+class Rank(IntEnum):
+    """Which cause goes before which, where several began in time."""
+
+    DATA = 0
+    DTYPE = 1
+    OBJECTIVE = 2
+    STALLED = 3
+    START = 4
+    JUMP = 5
+    RATE = 6
+    GROWTH = 7
+    LATER = 8
+
+
 # There at the start: before updates could have made it so.
 AT_START: Final = 0.9
 
@@ -70,10 +95,11 @@ AT_START: Final = 0.9
 def diagnose(record: Record) -> Diagnosis:
     """One root cause of what is wrong with a run, or honestly none, with its consequences and advice.
 
-    Causes are ranked: data, then dtype, then what the architecture does at the first step before any update,
-    then optimizer and learning rate, then what the architecture does later, which large updates may have done
-    to it. A cause must not begin later than the trouble it explains. If only signs are left, none of which
-    explains the others, there is no single cause.
+    Causes are ranked: data; dtype; a loss that has no lower bound; settings that keep every update small
+    although there are gradients; what the architecture does at the first step, before any update; learning
+    rate and optimizer; what the architecture does later, which large updates may have done to it; and at last
+    an operation that makes NaN of sound numbers. A cause must not begin later than the trouble it explains.
+    If only signs are left, none of which explains the others, there is no single cause.
 
     >>> from gradkern.diagnosis import diagnose
     >>> from gradkern.record import MemoryRecord
@@ -123,81 +149,120 @@ def _is_empty(view: View, finding: Finding) -> bool:
 
 
 def _cause(view: View, alarms: list[Finding]) -> tuple[Finding | None, Category | None]:
-    signs = [f.step for f in alarms if f.kind not in CATEGORIES or _is_training(f)]
-    onset = min(signs, default=math.inf)
-    candidates: list[tuple[float, int, Finding, Category]] = []
-    explosions = [f.step for f in alarms if _is_training(f)]
-    is_blocked = any(f.kind in BLOCKING for f in alarms)
-    for finding in alarms:
-        category = _category(finding)
-        if category is None:
-            continue
-        if finding.step > onset + (CADENCE if finding.kind in SLOW or _is_training(finding) else 0):
-            continue
-        if finding.kind == "update_ratio_low" and is_blocked:
-            continue
-        if category == "dtype" and any(step <= finding.step - EARLIER for step in explosions):
-            continue
-        candidates.append((_rank(view, finding, category), finding.step, finding, category))
-    if candidates:
-        _, _, cause, category = min(candidates, key=lambda entry: entry[:2])
-        return cause, category
+    ranked = [
+        (rank, finding.step, place, category)
+        for place, finding in enumerate(alarms)
+        for rank, category in [_rank(view, finding, alarms)]
+        if rank is not None and not _is_late(view, finding, alarms)
+    ]
+    if ranked:
+        _, _, place, category = min(ranked, key=lambda entry: entry[:3])
+        return alarms[place], category
     return _sign_as_cause(view, alarms)
 
 
-def _category(finding: Finding) -> Category | None:
-    if _is_training(finding):
-        return "optimizer"  # sound at first, it grew under the updates
+def _rank(view: View, finding: Finding, alarms: list[Finding]) -> tuple[Rank | None, Category | None]:
+    """As what a finding could be the cause of the others; None if it could not."""
+    kinds = {other.kind for other in alarms}
+    category = CATEGORIES.get(finding.kind)
+    explodes = any(other.kind == "exploding_gradient" for other in alarms if not _is_training(view, other))
+    if _is_training(view, finding):
+        return Rank.GROWTH, "optimizer"  # sound at first, it grew under the updates
+    if finding.kind == "loss_diverging" and health(view).unbounded:
+        return Rank.OBJECTIVE, "optimizer"
     if finding.kind == "update_spike":
         ratio = finding.evidence["lr_ratio"]
-        return "optimizer" if isinstance(ratio, float) and ratio >= LR_JUMP else None
-    return CATEGORIES.get(finding.kind)
-
-
-def _rank(view: View, finding: Finding, category: Category) -> float:
+        jumped = isinstance(ratio, float) and ratio >= LR_JUMP
+        return (Rank.JUMP, "optimizer") if jumped else (None, None)
+    if finding.kind in ("overclipped", "clip_starvation"):
+        return (Rank.RATE if explodes else Rank.STALLED), category
+    if finding.kind == "update_ratio_low":
+        if _has_gradients(finding) and "overclipped" not in kinds:
+            return Rank.STALLED, category
+        return (None, None) if kinds & BLOCKING else (Rank.RATE, category)
     if category == "data":
-        return 0
+        return Rank.DATA, category
     if category == "dtype":
-        return 1
+        first = [other.step for other in alarms if _is_training(view, other)]
+        return (None, None) if any(s <= finding.step - EARLIER for s in first) else (Rank.DTYPE, category)
     if category == "architecture":
-        return 2 if _is_at_start(view, finding) else 5
-    # Clipping that starves the update, a jump of the rate, then the size of the updates.
-    return {"overclipped": 3.0, "clip_starvation": 3.0, "update_spike": 3.1, "exploding_gradient": 4}.get(
-        finding.kind, 3.5
-    )
+        return (Rank.START if _is_at_start(view, finding) else Rank.LATER), category
+    return (None, None) if category is None else (Rank.RATE, category)
+
+
+def _is_late(view: View, finding: Finding, alarms: list[Finding]) -> bool:
+    """Whether a finding shows after the signs that it would have to explain."""
+    # Weights begin to grow long before it hurts, whatever makes them.
+    signs = [
+        f.step
+        for f in alarms
+        if f.kind != "weights_growing" and (f.kind not in CATEGORIES or _is_training(view, f))
+    ]
+    slack = CADENCE if finding.kind in SLOW or _is_training(view, finding) else 0
+    return finding.step > min(signs, default=math.inf) + slack
+
+
+def _has_gradients(finding: Finding) -> bool:
+    """Whether updates are small although there are gradients of ordinary size."""
+    relative = finding.evidence["relative_gradient"]
+    return isinstance(relative, float) and (math.isnan(relative) or relative >= ORDINARY)
 
 
 def _is_at_start(view: View, finding: Finding) -> bool:
-    steps = view.steps
-    first = int(steps[0]) if len(steps) else 0
-    if finding.step > first:
+    if finding.step > _first_step(view):
         return False
     at_start = finding.evidence.get("at_start", 1.0)
     return isinstance(at_start, str) or at_start >= AT_START
 
 
-def _is_training(finding: Finding) -> bool:
-    return finding.kind == "exploding_gradient" and finding.evidence.get("axis") in ("training", "scale")
+def _is_training(view: View, finding: Finding) -> bool:
+    """Whether it is an explosion that came with the updates."""
+    if finding.kind != "exploding_gradient":
+        return False
+    axis = finding.evidence.get("axis")
+    return axis == "training" or (axis == "scale" and finding.step > _first_step(view))
+
+
+def _first_step(view: View) -> int:
+    return int(view.steps[0]) if len(view.steps) else 0
 
 
 def _sign_as_cause(view: View, alarms: list[Finding]) -> tuple[Finding | None, Category | None]:
     """Signs that speak for themselves where nothing else was found."""
+    kinds = {finding.kind for finding in alarms}
+    state, early = health(view), finite(view.total_update_ratios[1])[:10]
     for finding in alarms:
         # Small steps that make the loss worse from the first one on go the wrong way.
-        state, early = health(view), finite(view.total_update_ratios[1])[:10]
         is_small = not len(early) or median(early) < MOVING_UPDATE
-        never_fell = state.best >= NEVER_FELL * state.start > 0
-        if finding.kind == "loss_diverging" and (state.unbounded or (never_fell and is_small)):
+        if finding.kind == "loss_diverging" and state.best >= NEVER_FELL * state.start > 0 and is_small:
             return finding, "optimizer"
-    growing = [finding for finding in alarms if finding.kind == "weights_growing"]
-    if growing and len({finding.kind for finding in alarms}) == 1:
-        return growing[0], "optimizer"
+    if kinds == {"weights_growing"}:
+        return alarms[0], "optimizer"
+    if kinds <= NONFINITE:
+        return _operation(view, alarms)
     return None, None
+
+
+def _operation(view: View, alarms: list[Finding]) -> tuple[Finding | None, Category | None]:
+    """NaN or Inf out of nothing: no number before was large, so that an operation has left its domain."""
+    first = min(alarms, key=lambda finding: finding.step)
+    for name in ("grad_finite_norm", "loss"):
+        steps, values = view.scalar(name)
+        before = finite(np.abs(values[steps < first.step]))
+        if len(before) and before[-1] > CALM * median(before):
+            return None, None
+    peak_steps, peaks = view.rows("act_abs_max")
+    if largest(peaks[peak_steps <= first.step]) > LARGE_OUTPUT:
+        return None, None
+    origin = next((e["detail"].get("where") for e in view.events if e["kind"] == "first_nonfinite"), None)
+    return first, "optimizer" if origin == "optimizer" else "architecture"
 
 
 def _began(view: View, cause: Finding | None, alarms: list[Finding]) -> dict[str, int | str | None]:
     first = cause or min(alarms, key=lambda finding: finding.step)
-    began: dict[str, int | str | None] = {"step": first.step, "layer": None, "parameter": None, "unit": None}
+    step = first.step
+    layer: str | None = None
+    parameter: str | None = None
     named = [
         first,
         *(f for f in alarms if f.kind in ("exploding_gradient", "grad_nonfinite", "weights_nonfinite")),
@@ -205,12 +270,24 @@ def _began(view: View, cause: Finding | None, alarms: list[Finding]) -> dict[str
     modules = {module.name for module in view.modules}
     for finding in named:
         for name in finding.names[:1]:
-            if name in view.parameters and began["parameter"] is None:
-                began["parameter"] = name
-                began["layer"] = began["layer"] or view.parameters[name].module
-            elif name in modules and began["layer"] is None:
-                began["layer"] = name
+            if name in view.parameters and parameter is None:
+                parameter = name
+                layer = layer or view.parameters[name].module
+            elif name in modules and layer is None:
+                layer = name
     for event in view.events:
         if event["kind"] == "first_nonfinite" and cause is None:
-            began["step"] = min(int(event["step"]), first.step)
-    return began
+            step = min(int(event["step"]), first.step)
+    return {"step": step, "layer": layer, "parameter": parameter, "unit": _worst_unit(view, layer, step)}
+
+
+def _worst_unit(view: View, layer: str | None, step: int) -> int | None:
+    """Which unit of a layer had the largest gradient when it was last looked at, or else soon after."""
+    kind = "out_grad_unit_argmax"
+    if layer is None or layer not in view.names(kind):
+        return None
+    steps, rows = view.rows(kind)
+    units = rows[:, view.names(kind).index(layer)]
+    steps, units = steps[np.isfinite(units)], units[np.isfinite(units)]
+    place = max(int(np.searchsorted(steps, step, "right")) - 1, 0)
+    return int(units[place]) if len(steps) and steps[place] <= step + CADENCE else None

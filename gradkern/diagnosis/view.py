@@ -187,7 +187,8 @@ class View:
         """||update|| / ||weights|| of all weights together, where both are known.
 
         For SGD, where every step's learning rate and gradient norm are known, of every step: its update is
-        their product (with momentum m up to 1 / (1 - m) times that, which is left out).
+        their product (with momentum m up to 1 / (1 - m) times that, which is left out), and that of the rate,
+        the weight decay and the weights, at a right angle to it.
         """
         return self.kept("total_update_ratios", self._total_update_ratios)
 
@@ -202,7 +203,10 @@ class View:
             if not len(grad_steps):
                 grad_steps, norms = self.scalar("grad_finite_norm")
             if len(lr_steps) and len(grad_steps) > len(steps):
-                steps, updates = grad_steps, norms * series.at(lr_steps, lr, grad_steps)
+                decay = float(self.optimizer.get("weight_decay") or 0.0)
+                decayed = decay * series.at(weight_steps, weights, grad_steps) if decay else 0.0
+                updates = np.hypot(norms, decayed) * series.at(lr_steps, lr, grad_steps)
+                steps = grad_steps
         before = series.at(weight_steps, weights, steps)
         with np.errstate(divide="ignore", invalid="ignore"):
             ratios = updates / before

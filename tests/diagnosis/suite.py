@@ -899,9 +899,9 @@ def dead_cnn() -> Setup:
     return Setup(model, adam(model, 1e-3), sampler(*images(), 32), cross_entropy, 150)
 
 
-@case("optimizer", "architecture", split="held", must=("dead_relu", "zero_gradient"))
+@case("optimizer", "architecture", split="held", must=("dead_relu", "zero_gradient", *LR_SIGNS))
 def dead_by_one_step() -> Setup:
-    """One huge first step kills a layer; afterwards the rate is small."""
+    """One huge first step kills a layer, or with some seeds all of the run; afterwards the rate is small."""
     model = mlp((10, 32, 32, 4))
     optimizer = sgd(model, 0.05)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 4000.0 if step == 0 else 1.0)

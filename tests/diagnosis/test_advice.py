@@ -100,3 +100,17 @@ def test_a_lower_learning_rate_is_aimed_at_the_first_large_update_not_at_the_las
     )  # fmt: skip
     (advice,) = [entry for entry in diagnose(record).advice if entry.title == "Lower the learning rate"]
     assert advice.line == "optimizer.param_groups[0]['lr'] = 1e-02"
+
+
+def test_norms_of_zero_make_no_threshold() -> None:
+    norms = [0.0] * 50
+    assert recommend_threshold(record_of(grad_finite_norm=norms, grad_norm=norms)).max_norm == 1.0
+
+
+def test_norms_after_an_explosion_make_no_threshold() -> None:
+    norms = [2.0**step for step in range(60)]
+    diagnosis = diagnose(
+        record_of(loss=[1.5**step for step in range(60)], grad_finite_norm=norms, grad_norm=norms)
+    )
+    (clip,) = [entry for entry in diagnosis.advice if entry.title.startswith("Clip at")]
+    assert clip.title == "Clip at 1"

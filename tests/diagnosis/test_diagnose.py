@@ -101,6 +101,31 @@ def test_it_began_in_the_layer_of_the_parameter_that_is_named() -> None:
     assert diagnose(record).began == {"step": 4, "layer": "l1", "parameter": "l1.weight", "unit": None}
 
 
+@pytest.mark.parametrize(
+    ("units", "expected"),
+    [
+        ({0: 3.0, 50: 4.0, 100: 5.0}, 4),  # when it was last looked at
+        ({0: 3.0, 50: math.nan, 100: 5.0}, 3),  # before it began no unit stood out
+        ({100: 5.0, 150: 6.0}, 5),  # soon after
+        ({120: 5.0}, None),  # too late
+        ({}, None),
+    ],
+)
+def test_the_unit_is_the_worst_one_when_its_layer_was_looked_at(
+    units: dict[int, float], expected: int | None
+) -> None:
+    losses = [*falling(64), *[math.nan] * 60]
+    counts = {"l1.weight": [0] * 64 + [1] * 60}
+    record = record_of(
+        loss=losses, nonfinite_count=[0.0] * 64 + [1.0] * 60, rows={"grad_nan": counts}, meta=layers(2)
+    )
+    record.set_names("out_grad_unit_argmax", ["l0", "l1"])
+    for step, unit in units.items():
+        record.put_rows("out_grad_unit_argmax", step, [7, unit])
+    began = diagnose(record).began
+    assert (began["step"], began["layer"], began["unit"]) == (64, "l1", expected)
+
+
 def test_a_diagnosis_is_json() -> None:
     text = json.dumps(diagnose(record_of(loss=LOST, grad_finite_norm=noisy(65))).as_dict(), allow_nan=False)
     assert json.loads(text)["consequences"][0]["kind"] == "loss_nonfinite"
@@ -109,3 +134,54 @@ def test_a_diagnosis_is_json() -> None:
 def test_a_healthy_run_gets_no_advice() -> None:
     diagnosis = diagnose(record_of(loss=falling(200), grad_finite_norm=noisy(200)))
     assert diagnosis == Diagnosis()
+
+
+def test_a_norm_that_is_enormous_before_any_update_is_not_the_optimizers() -> None:
+    norms = [1e14, *[1e5] * 99]
+    assert diagnose(record_of(loss=falling(100), grad_finite_norm=norms)).category == "architecture"
+
+
+def test_an_enormous_norm_later_is_the_optimizers() -> None:
+    norms = [1.0] * 50 + [1e14] * 50
+    assert diagnose(record_of(loss=falling(100), grad_finite_norm=norms)).category == "optimizer"
+
+
+def test_a_loss_without_bound_comes_before_the_units_that_its_weights_saturate() -> None:
+    losses = [-(1.1**step) for step in range(150)]
+    rows = {"act_saturated": {"l1": [0.2, 1.0, 1.0, 1.0]}}
+    diagnosis = diagnose(record_of(loss=losses, rows=rows, every=40))
+    assert diagnosis.cause is not None
+    assert (diagnosis.category, diagnosis.cause.kind) == ("optimizer", "loss_diverging")
+
+
+def stalled(gradient: float) -> Diagnosis:
+    """Updates that are small everywhere, of a flat run whose gradients vanish through depth."""
+    depth = {f"l{i}": [0.4 ** (11 - i)] * 13 for i in range(12)}
+    names = [f"l{i}.weight" for i in range(12)]
+    rows = {
+        "out_grad_norm": depth,
+        "grad_norm": {name: [gradient] * 13 for name in names},
+        "weight_norm": {name: [1.0] * 13 for name in names},
+        "update_norm": {name: [1e-8] * 13 for name in names},
+    }
+    return diagnose(record_of(loss=flat(130), rows=rows, every=10, meta=layers(12)))
+
+
+def test_small_updates_in_spite_of_gradients_are_the_rate() -> None:
+    assert stalled(0.1).category == "optimizer"
+
+
+def test_small_updates_for_want_of_gradients_are_not() -> None:
+    assert stalled(1e-5).category == "architecture"
+
+
+def test_nan_out_of_sound_numbers_is_an_operation() -> None:
+    losses = [*falling(60), *[math.nan] * 20]
+    diagnosis = diagnose(record_of(loss=losses, grad_finite_norm=noisy(80)))
+    assert diagnosis.category == "architecture"
+    assert diagnosis.advice[0].title == "Find the operation"
+
+
+def test_nan_at_the_end_of_a_growing_loss_is_not() -> None:
+    diagnosis = diagnose(record_of(loss=LOST, grad_finite_norm=noisy(65)))
+    assert diagnosis.cause is None

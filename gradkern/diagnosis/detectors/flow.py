@@ -22,6 +22,14 @@ GROWTH: Final = 100.0
 # Whatever the loss does: nothing that learns grows ten-thousandfold without its loss going down.
 GROWTH_ALONE: Final = 1e4
 
+# Before any update, a network that keeps its signal gives outputs of the size of its inputs, and residual
+# branches that add up ten times that. Gradients on the way back are magnified by the same weights.
+FORWARD_GROWTH: Final = 100.0
+
+# Before any update, gradients of one weight, for its size, against those of another: three decades more, and
+# no learning rate suits both.
+UNEVEN: Final = 1e3
+
 # In absolute scale: the largest sums over large batches stay far below, and the square of ten times as much
 # leaves the range of float32 sums of squares by a factor of 1e18 only.
 ABSOLUTE: Final = 1e10
@@ -68,11 +76,16 @@ def exploding_gradient(record: Record) -> list[Finding]:
     Over training (an error): 100 times the first ones while the loss diverges, jumps about or is gone, or
     10,000 times without an improvement. Through depth: log of ||dL/doutput|| of the layers of a chain fits
     a line that grows by 1.3 a layer towards the input and by 1000 in all. Through time: the same of
-    ||dL/dh_t||, 1.05 a step. In scale: a norm of 1e10. The last three are there at the first step, before
-    any update: warnings, errors once the loss is in trouble.
+    ||dL/dh_t||, 1.05 a step. The last two are there at the first step, before any update: warnings, errors
+    once the loss is in trouble. In scale: a norm of 1e10, an error.
+
+    Where there is no chain to fit, a run in trouble is looked at before its first update: forward, outputs
+    100 times the inputs or beyond float32; or uneven, relative gradients of one weight 1000 times those of
+    the last one.
     """
     view = View.of(record)
-    found = [*_over_depth(view), *_over_time(view), *_over_training(view)]
+    start = [*_over_depth(view), *_over_time(view)] or _forward(view) or _uneven(view)
+    found = [*start, *_over_training(view)]
     return found or _in_scale(view)
 
 
@@ -238,6 +251,82 @@ def _over_time(view: View) -> list[Finding]:
             {"axis": "time", "factor": factor, "r2": line.r2, "steps": float(len(logs)), "total": total},
             f"Back through {len(logs)} time steps gradients grow by a factor of {number(factor)} a step, "
             f"{number(total)} in all, at step {step}.",
+        )
+    ]
+
+
+def _at_first(view: View, kind: str) -> dict[str, float]:
+    """The row of `kind` from before any update, by name; empty if there is none."""
+    steps, rows = view.rows(kind)
+    if not len(steps) or not view.has_start or int(steps[0]) > int(view.steps[0]):
+        return {}
+    found = zip(view.names(kind), rows[0].astype(np.float64).tolist(), strict=True)
+    return {name: value for name, value in found if not math.isnan(value)}
+
+
+def _forward(view: View) -> list[Finding]:
+    if health(view).trouble is None:
+        return []
+    peaks, bad = _at_first(view, "act_abs_max"), _at_first(view, "act_nonfinite")
+    order = [module.name for module in view.modules if module.name in peaks]
+    inputs = series.largest(view.scalar("data_abs_max")[1][:1])
+    data_bad = series.largest(view.scalar("data_nonfinite")[1][:1])
+    if not order or data_bad > 0:
+        return []
+    base = max(inputs if math.isfinite(inputs) else peaks[order[0]], 1.0)
+    lost = next((name for name in order if bad.get(name, 0.0) > 0), None)
+    worst = max(order, key=lambda name: peaks[name])
+    growth = peaks[worst] / base
+    if growth < FORWARD_GROWTH:
+        return []
+    # Up to the first that overflowed: finite outputs behind it say nothing.
+    end = f"to NaN and Inf in {lost!r}" if lost else f"to {number(peaks[worst])} in {worst!r}"
+    step = int(view.steps[0])
+    return [
+        Finding(
+            "exploding_gradient",
+            "error",
+            step,
+            (lost or worst,),
+            growth,
+            FORWARD_GROWTH,
+            {"axis": "forward", "inputs": base, "peak": peaks[worst], "nonfinite": float(lost is not None)},
+            f"Before any update outputs grow from {number(base)} {end}, at step {step}: what magnifies them "
+            "magnifies gradients on the way back.",
+        )
+    ]
+
+
+def _uneven(view: View) -> list[Finding]:
+    if health(view).trouble is None:
+        return []
+    grads, weights = _at_first(view, "grad_norm"), _at_first(view, "weight_norm")
+    order = {module.name: module.order for module in view.modules}
+    relative = {
+        name: grads[name] / weights[name]
+        for name in (view.names("grad_norm")[column] for column in view.matrices("grad_norm"))
+        if grads.get(name, 0.0) > 0 and weights.get(name, 0.0) > 0 and view.parameters[name].module in order
+    }
+    if len(relative) < 2:
+        return []
+    last = max(relative, key=lambda name: order[view.parameters[name].module])
+    worst = max(relative, key=lambda name: relative[name])
+    ratio = relative[worst] / relative[last]
+    if ratio < UNEVEN:
+        return []
+    step = int(view.steps[0])
+    return [
+        Finding(
+            "exploding_gradient",
+            "error",
+            step,
+            (worst,),
+            ratio,
+            UNEVEN,
+            {"axis": "uneven", "relative": relative[worst], "last": relative[last]},
+            f"Before any update the gradient of {worst!r} is {number(relative[worst])} times the weight, and "
+            f"that of {last!r}, the last one, {number(relative[last])}: on the way back it grew "
+            f"{number(ratio)} times.",
         )
     ]
 

@@ -137,7 +137,9 @@ def fp16_underflow(record: Record) -> list[Finding]:
     gone = [i for i in range(len(names)) if zero[i] >= 1.0]
     # Where everything is gone there is nothing subnormal left to see: it counts beside a layer that shows it.
     # And where not even the last layer has a gradient, though the loss is not zero.
-    bad = sorted({*bad, *gone}) if bad or len(gone) == len(names) else []
+    # And where what is left is all subnormal, as in the last layer of a net in which nothing goes further.
+    floored = [i for i in range(len(names)) if subnormal[i] >= SUBNORMAL]
+    bad = sorted({*bad, *gone}) if bad or floored or len(gone) == len(names) else []
     if len(bad) * 2 < len(names) or not bad:
         return []
     worst = max(bad, key=lambda i: zero[i])

@@ -35,6 +35,15 @@ RATIO_LOW: Final = 1e-6
 # With a flat loss, this is slow: 1000 steps move the weights by 1 %.
 RATIO_SLOW: Final = 1e-5
 
+# A gradient of a thousandth of its weight is an ordinary one: if updates are small all the same, it is not
+# for want of gradient.
+ORDINARY: Final = 1e-3
+
+# A schedule that has taken the rate down by a factor of 1000 for half of the run, while half of the loss is
+# still there, ended too soon.
+RATE_FELL: Final = 1e3
+STILL_THERE: Final = 0.5
+
 
 def weights_growing(record: Record) -> list[Finding]:
     """A weight has grown tenfold, to a root mean square of 10, and is not slowing down.
@@ -138,12 +147,15 @@ def update_ratio_high(record: Record) -> list[Finding]:
 def update_ratio_low(record: Record) -> list[Finding]:
     """Updates are below a millionth of the weights (a hundred thousandth if the loss is flat) all the time.
 
-    Information, a warning if the loss is flat.
+    Information, a warning if the loss is flat. A warning too if they have become so for half of the run
+    because the learning rate fell to a thousandth, with more than half of the first loss left.
     """
     view = View.of(record)
     steps, ratios, names = view.update_ratios
     if len(steps) < 3 or not names or not view.has_start:
         return []
+    if frozen := _frozen(view):
+        return frozen
     medians = series.row_medians(ratios)
     known = np.isfinite(medians)
     if not known.any():
@@ -165,11 +177,56 @@ def update_ratio_low(record: Record) -> list[Finding]:
             tuple(names[i] for i in order[:3] if known[i]),
             highest,
             limit,
-            {"median": series.median(medians), "lr": lr},
+            {"median": series.median(medians), "lr": lr, "relative_gradient": _relative_gradient(view)},
             f"Updates are at most {number(highest)} of the weights in every layer; "
             f"a thousandth is usual.{rate}",
         )
     ]
+
+
+def _frozen(view: View) -> list[Finding]:
+    """Whether the rate has fallen so far, so early, that the run stands still."""
+    steps, ratios, names = view.update_ratios
+    lr_steps, lrs = view.scalar("lr")
+    state = health(view)
+    peak = series.largest(lrs)
+    if len(steps) < 10 or not peak > 0 or not state.last > STILL_THERE * state.start > 0:
+        return []
+    late = ratios[len(steps) // 2 :]
+    highest, before = series.largest(late), series.largest(ratios)
+    low = np.flatnonzero(lrs > peak / RATE_FELL)
+    since = int(lr_steps[min(int(low[-1]) + 1, len(lr_steps) - 1)])
+    if not highest < RATIO_LOW or since > int(steps[len(steps) // 2]) or before < RATIO_SLOW:
+        return []
+    lr = float(lrs[-1])
+    return [
+        Finding(
+            "update_ratio_low",
+            "warning",
+            since,
+            tuple(names[:3]),
+            highest,
+            RATIO_LOW,
+            {"median": series.median(late), "lr": lr, "peak_lr": peak, "relative_gradient": math.nan},
+            f"The learning rate fell from {number(peak)} to {number(lr)}, below a thousandth since step "
+            f"{since}: updates are at most {number(highest)} of the weights, and the loss stands at "
+            f"{number(state.last)} of the {number(state.start)} that it began with.",
+        )
+    ]
+
+
+def _relative_gradient(view: View) -> float:
+    """Of the weight whose gradient is the largest for its size, that ratio, median over the steps."""
+    grad_steps, grads = view.rows("grad_norm")
+    weight_steps, weights = view.rows("weight_norm")
+    known = {name: column for column, name in enumerate(view.names("weight_norm"))}
+    columns = [c for c in view.matrices("grad_norm") if view.names("grad_norm")[c] in known]
+    if not len(grad_steps) or not len(weight_steps) or not columns:
+        return math.nan
+    own = weights[:, [known[view.names("grad_norm")[c]] for c in columns]].astype(np.float64)
+    before = series.at(weight_steps, own, grad_steps)
+    ratios = grads[:, columns] / np.where(before > 0, before, math.nan)
+    return series.largest(series.row_medians(ratios))
 
 
 def _column(view: View, kind: str, name: str) -> np.ndarray:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 
@@ -146,3 +147,51 @@ def test_the_share_of_nodes_above_one_is_evidence() -> None:
     finding = only(norms_above_one(record_of(loss=falling(10), rows=rows, meta=meta)))
     assert finding.evidence["unit_share"] == 0.75
     assert math.isclose(finding.value, 5.0)
+
+
+def at_start(kind: str, values: dict[str, float], **options: Any) -> dict[str, Any]:
+    """A record of four layers that diverges, with one row of `kind` from before any update."""
+    return {
+        "loss": DIVERGING,
+        "rows": {kind: {n: [v] for n, v in values.items()}},
+        "meta": layers(4),
+        **options,
+    }
+
+
+def test_outputs_that_are_a_thousand_times_the_inputs_before_any_update_are_an_explosion() -> None:
+    outputs = {"l0": 20.0, "l1": 300.0, "l2": 300.0, "l3": 3000.0}
+    finding = only(exploding(record_of(**at_start("act_abs_max", outputs, data_abs_max=[3.0] * 60))))
+    assert finding.evidence["axis"] == "forward"
+    assert (finding.step, finding.names, finding.value) == (0, ("l3",), pytest.approx(1000.0))
+
+
+def test_large_outputs_of_large_inputs_are_none() -> None:
+    outputs = {f"l{i}": 3000.0 for i in range(4)}
+    assert exploding(record_of(**at_start("act_abs_max", outputs, data_abs_max=[900.0] * 60))) == []
+
+
+def test_large_outputs_are_silent_while_the_run_learns() -> None:
+    outputs = {"l0": 20.0, "l1": 300.0, "l2": 300.0, "l3": 3000.0}
+    record = record_of(**at_start("act_abs_max", outputs) | {"loss": falling(60)})
+    assert exploding(record) == []
+
+
+def test_the_first_layer_that_overflows_in_the_first_forward_pass_is_named() -> None:
+    record = record_of(**at_start("act_abs_max", {"l0": 9.0, "l1": 1e30, "l2": 1.0, "l3": 1.0}))
+    record.set_names("act_nonfinite", ["l0", "l1", "l2", "l3"])
+    record.put_rows("act_nonfinite", 0, [0.0, 3.0, 8.0, 8.0])
+    assert only(exploding(record)).names == ("l1",)
+
+
+@pytest.mark.parametrize(("first", "found"), [(5e4, 1), (50.0, 0)])
+def test_relative_gradients_that_grow_a_thousandfold_on_the_way_back_are_an_explosion(
+    first: float, found: int
+) -> None:
+    grads = {"l0.weight": first, "l1.weight": 1.0, "l2.weight": 1.0, "l3.weight": 1.0}
+    record = record_of(**at_start("grad_norm", grads))
+    record.set_names("weight_norm", list(grads))
+    record.put_rows("weight_norm", 0, [2.0] * 4)
+    findings = exploding(record)
+    assert len(findings) == found
+    assert [finding.evidence["axis"] for finding in findings] == ["uneven"] * found

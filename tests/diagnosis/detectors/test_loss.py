@@ -117,3 +117,29 @@ def test_nothing_is_said_of_the_traction_of_a_run_that_was_resumed() -> None:
 
 def test_a_hundred_noisy_steps_are_too_few_to_say_that_nothing_was_learned() -> None:
     assert no_traction(record_of(loss=flat(100, noise=0.5))) == []
+
+
+def test_a_loss_a_thousand_times_below_zero_and_still_falling_has_no_bound() -> None:
+    losses = [-1.0] * 5 + [-10.0 * step for step in range(295)]
+    finding = only(diverging(record_of(loss=losses)))
+    assert "without bound" in finding.sentence
+
+
+@pytest.mark.parametrize(("end", "found"), [(1.9, 1), (0.2, 0)])
+def test_first_updates_that_double_the_loss_are_unstable_unless_the_run_recovers(
+    end: float, found: int
+) -> None:
+    losses = [2.0, *[4.0] * 10, *falling(90, start=3.0, end=end)]
+    record = record_of(loss=losses, update_norm=[0.5] * 101, weight_norm=[1.0] * 101)
+    assert len(unstable(record)) == found
+
+
+def test_a_noisy_loss_around_that_of_a_guess_is_one() -> None:
+    losses = flat(160, level=math.log(4), noise=0.025, seed=2)
+    meta = {"parameters": [parameter("w", (4, 8))]}
+    assert only(no_traction(record_of(loss=losses, meta=meta))).evidence["chance"] == math.log(4)
+
+
+def test_what_is_learned_within_five_steps_is_traction() -> None:
+    losses = [1.4, 1.1, 0.6, 0.2, 0.06, *[1e-4] * 145]
+    assert no_traction(record_of(loss=losses)) == []

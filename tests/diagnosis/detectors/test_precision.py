@@ -92,3 +92,19 @@ def test_a_loss_lost_next_to_such_activations_is_an_overflow() -> None:
 
 def test_an_empty_record_says_nothing() -> None:
     assert fp16_overflow(MemoryRecord()) == fp16_underflow(MemoryRecord()) == []
+
+
+@pytest.mark.parametrize(("last_subnormal", "found"), [(90, 1), (0, 0)])
+def test_gradients_that_are_all_zero_underflowed_if_the_last_layer_is_at_the_floor(
+    last_subnormal: int, found: int
+) -> None:
+    record = record_of(
+        loss=falling(120),
+        meta={"parameters": [parameter(name, dtype="torch.float16") for name in ("a", "b", "c")]},
+    )
+    record.set_names("exponents", ["a", "b", "c"])
+    none = [100, *[0] * 63]
+    last = [10, last_subnormal, 0, *[0] * 30, 90 - last_subnormal, *[0] * 30]
+    for step in range(0, 120, 10):
+        record.put_exponents(step, [none, none, last])
+    assert len(fp16_underflow(record)) == found

@@ -103,3 +103,35 @@ def test_tiny_updates_of_a_run_that_learns_are_information() -> None:
 
 def test_the_updates_of_fine_tuning_are_silent() -> None:
     assert update_ratio_low(record_of(loss=flat(120), rows=small(5e-4), meta=ONE)) == []
+
+
+def test_weight_decay_is_part_of_an_update_of_sgd() -> None:
+    meta = {"optimizer": {"type": "SGD", "weight_decay": 4.0}}
+    record = record_of(loss=flat(130), lr=[0.1] * 130, grad_finite_norm=[0.3] * 130, meta=meta)
+    record.put_scalars(0, {"weight_norm": 1.0, "update_norm": 0.4})
+    assert only(update_ratio_high(record)).evidence["median"] == pytest.approx(0.1 * math.hypot(4.0, 0.3))
+
+
+def schedule(end: float, since: int, steps: int = 200) -> dict[str, list[float]]:
+    return {"lr": [1e-2 if step < since else end for step in range(steps)]}
+
+
+def moved(since: int, steps: int = 200) -> dict[str, dict[str, list[float]]]:
+    """Updates of ordinary size, and of none any more from a step on."""
+    updates = [1e-3 if step < since else 0.0 for step in range(0, steps, 10)]
+    return {"weight_norm": {"w": [1.0] * len(updates)}, "update_norm": {"w": updates}}
+
+
+def test_a_rate_that_fell_too_soon_is_a_warning_since_it_did() -> None:
+    losses = falling(200, start=2.0, end=1.5)
+    finding = only(
+        update_ratio_low(record_of(loss=losses, rows=moved(40), every=10, meta=ONE, **schedule(0.0, 40)))
+    )
+    assert (finding.severity, finding.step) == ("warning", 40)
+
+
+@pytest.mark.parametrize(("since", "end"), [(180, 1.5), (40, 0.1)])
+def test_a_rate_that_falls_at_the_end_or_when_all_is_learned_is_silent(since: int, end: float) -> None:
+    losses = falling(200, start=2.0, end=end)
+    record = record_of(loss=losses, rows=moved(since), every=10, meta=ONE, **schedule(0.0, since))
+    assert [finding for finding in update_ratio_low(record) if finding.is_alarm] == []

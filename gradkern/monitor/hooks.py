@@ -12,17 +12,18 @@ import math
 from collections.abc import Callable
 from typing import Any, Final
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from gradkern import ops
-from gradkern.monitor.host import Parcel, is_plain
+from gradkern.monitor.host import Floats, Parcel, is_plain
 from gradkern.monitor.meta import ForwardOrder, tensors_in
 
 log = logging.getLogger("gradkern")
 
 ACT_KINDS: Final = ("act_dead", "act_saturated", "act_nonfinite", "act_abs_max")
-GRAD_KINDS: Final = ("out_grad_norm", "out_grad_unit_above_one", "out_grad_unit_max")
+GRAD_KINDS: Final = ("out_grad_norm", "out_grad_unit_above_one", "out_grad_unit_max", "out_grad_unit_argmax")
 
 # Functions that are zero on a half line, where nothing passes back.
 _CAN_DIE: Final = (nn.ReLU, nn.ReLU6, nn.Threshold, nn.Hardswish)
@@ -198,7 +199,7 @@ class Observer:
                 return
             if grad.numel():
                 with torch.no_grad():
-                    self._parcel.put(f"out/{path}", unit_numbers(grad.detach(), dim))
+                    self._parcel.put(f"out/{path}", unit_norms(grad.detach(), dim))
         except Exception as error:
             self._give_up(error)
 
@@ -212,21 +213,38 @@ class Observer:
         )
 
 
-def unit_numbers(grad: Tensor, dim: int) -> Tensor:
-    """Of a gradient whose units are along `dim`: its norm, the share of units above 1, the largest; ``[3]``.
+def unit_norms(grad: Tensor, dim: int) -> Tensor:
+    """Norms of the units of a gradient, which are along `dim`: ``[units]``, float64 (on MPS float32).
 
-    Summed in float32, or float64 for float64. Divided by the largest element first, squares stay in range.
+    Squares of such elements could leave the range: those are divided by the largest first.
     """
-    if grad.dtype in (torch.float16, torch.bfloat16):
-        grad = grad.float()
+    exact = torch.float32 if grad.device.type == "mps" else torch.float64
     if grad.dim() == 0:
         grad = grad.reshape(1)
-    scale = grad.abs().amax().clamp(min=torch.finfo(grad.dtype).tiny)
+    scale: Tensor | float = 1.0
+    if grad.dtype == exact:
+        scale = grad.abs().amax().nan_to_num(nan=1.0, posinf=1.0).clamp(min=torch.finfo(exact).tiny)
+        squares = (grad / scale).square_()
+    else:
+        squares = grad.to(exact).square_()
     others = [other for other in range(grad.dim()) if other != dim % grad.dim()]
-    squares = (grad / scale).square()
-    exact = torch.float32 if grad.device.type == "mps" else torch.float64
-    units = (squares.sum(others) if others else squares).to(exact).sqrt() * scale.to(exact)
-    return torch.stack([torch.linalg.vector_norm(units), (units > 1).to(exact).mean(), units.amax()])
+    return (squares.sum(others) if others else squares).sqrt() * scale
+
+
+def unit_numbers(norms: Floats) -> tuple[float, float, float, float]:
+    """What is recorded of the norms of units, in the order of `GRAD_KINDS`.
+
+    A unit that is NaN counts as Inf: NaN would say that nothing was measured, and says so of the index where
+    no unit is finite, for then none of them stands out.
+
+    >>> from gradkern.monitor.hooks import unit_numbers
+    >>> unit_numbers(np.array([3.0, 0.0, 4.0, 0.0]))
+    (5.0, 0.5, 4.0, 2.0)
+    """
+    sizes = np.where(np.isnan(norms), np.inf, norms)
+    worst = int(sizes.argmax())
+    index = float(worst) if np.isfinite(sizes).any() else math.nan
+    return float(np.linalg.norm(sizes)), float((norms > 1).mean()), float(sizes[worst]), index
 
 
 def unit_dim(module: nn.Module, out: Tensor) -> int:

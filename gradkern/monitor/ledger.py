@@ -9,7 +9,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from gradkern.monitor.hooks import ACT_KINDS, GRAD_KINDS
+from gradkern.monitor.hooks import ACT_KINDS, GRAD_KINDS, unit_numbers
 from gradkern.monitor.host import Floats, Parcel
 from gradkern.record import MemoryRecord, Recorder, Writer
 
@@ -158,11 +158,8 @@ class Ledger:
                 columns["act_nonfinite"][path] = float(value[2] + value[3])
                 columns["act_abs_max"][path] = float(value[1])
             elif what == "out":
-                # NaN would say that it was not measured.
-                numbers = np.nan_to_num(value, nan=math.inf)
-                for kind, number_of in zip(GRAD_KINDS, numbers.tolist(), strict=True):
+                for kind, number_of in zip(GRAD_KINDS, unit_numbers(value), strict=True):
                     columns[kind][path] = number_of
-                columns["out_grad_unit_above_one"][path] = float(value[1])
             else:
                 columns[what][path] = float(value)
         order = {module["name"]: module["order"] for module in self.meta.get("modules", [])}

@@ -71,6 +71,7 @@ KINDS: Final[Mapping[str, str]] = {
     "out_grad_norm": "2-norm of the gradient of the loss by the module's output",
     "out_grad_unit_above_one": "share of the module's units whose gradient norm is above 1, 0 to 1",
     "out_grad_unit_max": "largest gradient norm of any of the module's units",
+    "out_grad_unit_argmax": "index of that unit, the first one that is not finite; NaN if no unit is finite",
     "time_grad_norm": "2-norm of the gradient of the loss by the hidden state; a column for each time step",
 }
 """Rows, float32: one value a step for each parameter, module (what begins with act_ or out_) or time step.

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from gradkern.monitor import Monitor
-from gradkern.monitor.hooks import unit_dim
+from gradkern.monitor.hooks import unit_dim, unit_norms, unit_numbers
 
 
 def observe(model: nn.Module, x: Tensor, steps: int = 1, **settings: Any) -> Monitor:
@@ -52,6 +52,7 @@ def test_output_gradients_are_those_of_autograd() -> None:
         units = grad.norm(dim=0)
         assert value(monitor, "out_grad_norm", path) == pytest.approx(grad.norm().item(), rel=1e-5)
         assert value(monitor, "out_grad_unit_max", path) == pytest.approx(units.max().item(), rel=1e-5)
+        assert value(monitor, "out_grad_unit_argmax", path) == units.argmax().item()
         expected = (units > 1).double().mean().item()
         assert value(monitor, "out_grad_unit_above_one", path) == pytest.approx(expected)
 
@@ -78,6 +79,34 @@ def test_units_are_channels_of_images_else_the_last_dimension(
     module: nn.Module, shape: tuple[int, ...], dim: int
 ) -> None:
     assert unit_dim(module, torch.zeros(shape)) == dim
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("size", [0.0, 1.0, 1e-30, 1e30, 1e300])
+def test_norms_of_units_stay_in_range(size: float, dtype: torch.dtype) -> None:
+    limit = torch.finfo(dtype).max
+    grad = (torch.randn(6, 5, 4, dtype=torch.float64) * size).clamp(-limit, limit).to(dtype)
+    scale = grad.abs().max().item() or 1.0
+    units = grad.movedim(1, 0).reshape(5, -1).tolist()
+    expected = [math.hypot(*(x / scale for x in unit)) * scale for unit in units]
+    assert unit_norms(grad, 1).tolist() == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_a_unit_that_is_not_finite_is_the_worst_and_the_others_keep_their_norms(
+    bad: float, dtype: torch.dtype
+) -> None:
+    grad = torch.tensor([[3.0, 1.0, 9.0, 2.0], [4.0, bad, 0.0, -bad]], dtype=dtype)
+    norms = unit_norms(grad, -1).numpy()
+    assert norms[[0, 2]].tolist() == [5, 9]
+    assert unit_numbers(norms)[2:] == (math.inf, 1)
+
+
+def test_where_no_unit_is_finite_none_is_named() -> None:
+    *_, largest, index = unit_numbers(np.array([math.nan, math.inf]))
+    assert largest == math.inf
+    assert math.isnan(index)
 
 
 def test_units_that_are_zero_for_the_whole_batch_are_dead() -> None:
@@ -158,7 +187,7 @@ def test_checkpointing_changes_nothing_that_is_seen(reentrant: bool) -> None:
     x = torch.randn(5, 3, requires_grad=True)
     plain = observe(two_layers(), x).record
     other = observe(Checkpointed(*two_layers()), x).record
-    for kind in ("out_grad_norm", "out_grad_unit_max", "act_abs_max", "act_saturated"):
+    for kind in ("out_grad_norm", "out_grad_unit_argmax", "act_abs_max", "act_saturated"):
         assert other.names(kind) == plain.names(kind)
         np.testing.assert_allclose(other.rows(kind)[1], plain.rows(kind)[1], rtol=1e-6)
 
@@ -229,3 +258,39 @@ def test_outputs_are_not_kept_alive() -> None:
     with Monitor(model, activations_every=1):
         model(torch.ones(2, 3))
         assert kept[0]() is None
+
+
+class _Spoiled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, factor: float) -> Tensor:
+        ctx.factor = factor
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        grad = grad.clone()
+        grad[:, 5] *= ctx.factor
+        return grad, None
+
+
+def test_a_unit_whose_gradient_goes_bad_is_named_with_its_layer() -> None:
+    class Spoil(nn.Module):
+        factor = 1.0
+
+        def forward(self, x: Tensor) -> Tensor:
+            return _Spoiled.apply(x, self.factor)
+
+    torch.manual_seed(0)
+    spoil = Spoil()
+    model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 8), spoil, nn.Tanh(), nn.Linear(8, 1))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    with Monitor(model, optimizer, activations_every=7) as monitor:
+        for step in range(40):
+            spoil.factor = math.nan if step == 21 else 1.0
+            optimizer.zero_grad()
+            loss = model(torch.randn(16, 4)).square().mean()
+            loss.backward()
+            optimizer.step()
+            monitor.step(loss)
+        began = monitor.diagnosis().began
+    assert (began["step"], began["layer"], began["unit"]) == (21, "2", 5)

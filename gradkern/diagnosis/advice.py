@@ -210,6 +210,16 @@ def _dtype(view: View, kinds: dict[str, Finding]) -> list[Advice]:
                 )
             )
             break
+    if lost := kinds.get("update_rounded_away"):
+        found.append(
+            Advice(
+                "Keep the weights in float32",
+                "model.float()  # and torch.autocast(device_type, torch.bfloat16) around the forward pass",
+                lost.sentence.rstrip("."),
+                "twice the memory for weights",
+                0.95,
+            )
+        )
     if "fp16_underflow" in kinds:
         found.append(
             Advice(
@@ -490,6 +500,27 @@ def _other(view: View, cause: Finding | None, kinds: dict[str, Finding]) -> list
                 f"torch.optim.AdamW(model.parameters(), eps={float(starved.evidence['after']) / 1e3:.0e})",
                 f"clipped gradients are {number(starved.value)} an element, eps is {number(starved.limit)}",
                 "a very small eps lets elements without signal move at full speed",
+                0.9,
+            )
+        )
+    if shrinking := kinds.get("weights_shrinking"):
+        decay = float(shrinking.evidence["weight_decay"])
+        found.append(
+            Advice(
+                "Lower the weight decay",
+                f"optimizer.param_groups[0]['weight_decay'] = {min(decay / 100, 0.01):.0e}",
+                shrinking.sentence.rstrip("."),
+                "without any, weights may grow",
+                0.9,
+            )
+        )
+    if "symmetric_units" in kinds:
+        found.append(
+            Advice(
+                "Initialise with random numbers",
+                "torch.nn.init.kaiming_normal_(layer.weight, nonlinearity='relu')",
+                kinds["symmetric_units"].sentence.rstrip("."),
+                "nothing",
                 0.9,
             )
         )

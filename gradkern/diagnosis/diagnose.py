@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from enum import IntEnum
 from typing import Final
 
@@ -24,15 +25,18 @@ CATEGORIES: Final[dict[str, Category]] = {
     "fp16_overflow": "dtype",
     "fp16_underflow": "dtype",
     "amp_backoff": "dtype",
+    "update_rounded_away": "dtype",
     "update_ratio_high": "optimizer",
     "update_ratio_low": "optimizer",
     "overclipped": "optimizer",
     "clip_starvation": "optimizer",
+    "weights_shrinking": "optimizer",
     "exploding_gradient": "architecture",
     "vanishing_gradient": "architecture",
     "saturated_activation": "architecture",
     "dead_relu": "architecture",
     "zero_gradient": "architecture",
+    "symmetric_units": "architecture",
 }
 
 # Kinds that rest on rows, which are taken at a cadence of up to 50 steps: they may show that much later than
@@ -123,12 +127,23 @@ def diagnose(record: Record) -> Diagnosis:
     if not alarms:
         return Diagnosis(others=infos)
     cause, category = _cause(view, alarms)
+    if cause is not None:
+        # With a cause, a loss that does not come down is no plateau that may yet end.
+        infos, stuck = (
+            [f for f in infos if f.kind != "no_traction"],
+            [f for f in infos if f.kind == "no_traction"],
+        )
+        alarms += [replace(finding, severity="warning") for finding in stuck]
     rest = [finding for finding in alarms if finding is not cause]
     if cause is None:
         consequences, others = rest, infos
     else:
         earliest = cause.step - (CADENCE if cause.kind in SLOW else 0)
-        consequences = [f for f in rest if f.step >= earliest and CATEGORIES.get(f.kind) != "data"]
+        consequences = [
+            f
+            for f in rest
+            if f.kind == "no_traction" or (f.step >= earliest and CATEGORIES.get(f.kind) != "data")
+        ]
         others = [f for f in rest if f not in consequences] + infos
     return Diagnosis(
         cause,
@@ -174,7 +189,7 @@ def _rank(view: View, finding: Finding, alarms: list[Finding]) -> tuple[Rank | N
         ratio = finding.evidence["lr_ratio"]
         jumped = isinstance(ratio, float) and ratio >= LR_JUMP
         return (Rank.JUMP, "optimizer") if jumped else (None, None)
-    if finding.kind in ("overclipped", "clip_starvation"):
+    if finding.kind in ("overclipped", "clip_starvation", "weights_shrinking"):
         return (Rank.RATE if explodes else Rank.STALLED), category
     if finding.kind == "update_ratio_low":
         if _has_gradients(finding) and "overclipped" not in kinds:

@@ -110,6 +110,11 @@ class Health:
         return min(found, default=None)
 
     @property
+    def is_slow(self) -> bool:
+        """Whether it gets nowhere, or half of the first loss is left after 100 steps. No fault by itself."""
+        return self.flat or (self.steps >= FLAT_LEAST and self.last > RECOVERED * self.start > 0)
+
+    @property
     def is_bad(self) -> bool:
         """Whether the run is in trouble or gets nowhere."""
         return self.flat or self.trouble is not None

@@ -23,6 +23,7 @@ class Parameter:
     name: str
     numel: int
     ndim: int
+    rows: int
     dtype: str
     module: str
     role: str
@@ -102,6 +103,7 @@ class View:
                 name=str(entry["name"]),
                 numel=math.prod(shape),
                 ndim=len(shape),
+                rows=shape[0] if shape else 0,
                 dtype=str(entry.get("dtype", "")).removeprefix("torch."),
                 module=str(entry.get("module", str(entry["name"]).rpartition(".")[0])),
                 role=str(entry.get("role", "weight" if len(shape) > 1 else "bias")),
@@ -217,4 +219,4 @@ class View:
 def _guess(name: str) -> Parameter:
     module, _, last = name.rpartition(".")
     role = "recurrent" if last.startswith("weight_hh") else "bias" if last.startswith("bias") else "weight"
-    return Parameter(name, 0, 0, "", module, role, True)
+    return Parameter(name, 0, 0, 0, "", module, role, True)

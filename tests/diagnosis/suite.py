@@ -1182,3 +1182,140 @@ def repaired_by_penalty() -> Setup:
 def repaired_by_scaled_targets() -> Setup:
     model = mlp((8, 48, 48, 1))
     return Setup(model, sgd(model, 0.01, 0.9), sampler(*teacher(), 16), squared_error, 200)
+
+
+# Mistakes that users make
+
+
+@case("data", must=("data_scale",))
+def raw_pixels() -> Setup:
+    x, y = images()
+    model = mlp((64, 64, 64, 4))
+    x = (128 + 40 * x.flatten(1)).clamp(0, 255)
+    return Setup(model, sgd(model, 0.1), sampler(x, y, 32), cross_entropy)
+
+
+@case("data", must=("data_scale",))
+def one_feature_in_another_unit() -> Setup:
+    x, y = blobs()
+    x[:, 3] *= 1e6
+    model = mlp((10, 32, 4), nn.Tanh)
+    return Setup(model, adam(model, 1e-3), sampler(x, y, 32), cross_entropy)
+
+
+@case("data", must=("data_scale",))
+def prices_as_targets() -> Setup:
+    """Adam moves the outputs by a few units; the targets are hundreds of thousands away."""
+    x, y = teacher()
+    model = mlp((8, 32, 1))
+    return Setup(model, adam(model, 1e-3), sampler(x, 3e5 + 1e5 * y, 32), squared_error, 300)
+
+
+@case("data", must=("data_scale",))
+def inputs_in_the_wrong_unit() -> Setup:
+    x, y = blobs()
+    model = mlp((10, 32, 32, 4))
+    return Setup(model, sgd(model, 0.1), sampler(1e-4 * x, y, 32), cross_entropy, 300)
+
+
+@case("dtype", must=("fp16_overflow", "weights_nonfinite"))
+def fp16_summed_loss() -> Setup:
+    """The gradients are sound, their sum of squares is not."""
+    x, y = teacher()
+    model = mlp((8, 64, 1)).half()
+
+    def loss(m: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        return (m(x) - y).square().sum()
+
+    return Setup(model, sgd(model, 1e-7), sampler(x.half(), (40 * y).half(), 256), loss)
+
+
+@case("dtype", must=("weights_nonfinite", "fp16_overflow", "fp16_underflow"))
+def fp16_eps_is_zero() -> Setup:
+    """Adam's eps of 1e-8 is 0 in float16."""
+    model = mlp((10, 64, 4)).half()
+    x, y = blobs()
+    return Setup(
+        model, adam(model, 1e-3), sampler(x.half(), y, 32), lambda m, x, y: F.cross_entropy(m(x).float(), y)
+    )
+
+
+@case("dtype", must=("update_rounded_away",))
+def bfloat16_updates_are_rounded_away() -> Setup:
+    model = mlp((10, 64, 4)).bfloat16()
+    x, y = blobs()
+    return Setup(
+        model,
+        sgd(model, 2e-5),
+        sampler(x.bfloat16(), y, 128),
+        lambda m, x, y: F.cross_entropy(m(x).float(), y),
+        300,
+    )
+
+
+@case("optimizer", must=("weights_shrinking", "update_ratio_high"))
+def weight_decay_too_strong() -> Setup:
+    model = mlp((10, 32, 32, 4))
+    return Setup(model, sgd(model, 0.05, weight_decay=10.0), sampler(*blobs(), 32), cross_entropy, 300)
+
+
+@case("optimizer", must=("weights_shrinking",))
+def decoupled_weight_decay_too_strong() -> Setup:
+    model = mlp((10, 32, 32, 4))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=100.0)
+    return Setup(model, optimizer, sampler(*blobs(), 64), cross_entropy, 300)
+
+
+@case("optimizer", must=("update_ratio_low",))
+def schedule_of_epochs_called_for_batches() -> Setup:
+    model = mlp((10, 32, 4))
+    optimizer = adam(model, 1e-3)
+    schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+    return Setup(model, optimizer, sampler(*blobs(spread=2.0), 32), cross_entropy, 300, scheduler=schedule)
+
+
+@case("optimizer", must=LR_SIGNS)
+def lr_high_transformer_without_warmup() -> Setup:
+    model = Transformer(blocks=3)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    return Setup(model, optimizer, markov(16, 16), cross_entropy, 150)
+
+
+@case("architecture", must=("grad_nonfinite",))
+def root_of_zero() -> Setup:
+    """The loss holds the root of a distance that is exactly 0: its gradient is 0 times Inf."""
+    model = mlp((8, 32, 1))
+
+    def loss(m: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        out = m(x)
+        return F.mse_loss(out, y) + (out - out.detach()).abs().sqrt().mean()
+
+    return Setup(model, sgd(model, 0.01), sampler(*teacher(), 32), loss, 100)
+
+
+@case("architecture", must=("dead_relu", "zero_gradient"))
+def relu_on_the_output() -> Setup:
+    x, y = teacher()
+    model = nn.Sequential(*mlp((8, 32, 1)), nn.ReLU())
+    return Setup(model, sgd(model, 0.05), sampler(x, -y.abs() - 1, 32), squared_error)
+
+
+@case("architecture", must=("vanishing_gradient",))
+def thirty_plain_layers() -> Setup:
+    model = mlp((10, *[32] * 30, 4))
+    return Setup(model, adam(model, 1e-3), sampler(*blobs(), 32), cross_entropy)
+
+
+@case("architecture", must=("vanishing_gradient",))
+def softmax_between_layers() -> Setup:
+    model = mlp((10, *[32] * 4, 4), lambda: nn.Softmax(1))
+    return Setup(model, sgd(model, 0.1), sampler(*blobs(), 32), cross_entropy, 300)
+
+
+@case("architecture", must=("symmetric_units",), source="deepchecker")
+def constant_init() -> Setup:
+    model = mlp((10, 32, 32, 4), nn.Tanh, gain=0.0)
+    for layer in model:
+        if isinstance(layer, nn.Linear):
+            nn.init.constant_(layer.weight, 0.1)
+    return Setup(model, sgd(model, 0.001), sampler(*blobs(), 32), cross_entropy, 300)

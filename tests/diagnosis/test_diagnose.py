@@ -185,3 +185,10 @@ def test_nan_out_of_sound_numbers_is_an_operation() -> None:
 def test_nan_at_the_end_of_a_growing_loss_is_not() -> None:
     diagnosis = diagnose(record_of(loss=LOST, grad_finite_norm=noisy(65)))
     assert diagnosis.cause is None
+
+
+def test_a_loss_that_does_not_come_down_is_a_consequence_of_what_is_found() -> None:
+    diagnosis = diagnose(record_of(loss=flat(130), data_std=[60.0] * 130, data_abs_max=[255.0] * 130))
+    assert [(finding.kind, finding.severity) for finding in diagnosis.consequences] == [
+        ("no_traction", "warning")
+    ]

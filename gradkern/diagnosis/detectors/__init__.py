@@ -27,10 +27,17 @@ from gradkern.diagnosis.detectors.spikes import gradient_spike, loss_spike, upda
 from gradkern.diagnosis.detectors.units import (
     dead_relu,
     saturated_activation,
+    symmetric_units,
     unused_parameter,
     zero_gradient,
 )
-from gradkern.diagnosis.detectors.weights import update_ratio_high, update_ratio_low, weights_growing
+from gradkern.diagnosis.detectors.weights import (
+    update_ratio_high,
+    update_ratio_low,
+    update_rounded_away,
+    weights_growing,
+    weights_shrinking,
+)
 from gradkern.diagnosis.findings import Finding
 from gradkern.diagnosis.view import View
 from gradkern.record.schema import Record
@@ -53,10 +60,13 @@ DETECTORS: Final[dict[str, Callable[[Record], list[Finding]]]] = {
         loss_unstable,
         no_traction,
         weights_growing,
+        weights_shrinking,
         update_ratio_high,
         update_ratio_low,
+        update_rounded_away,
         dead_relu,
         saturated_activation,
+        symmetric_units,
         zero_gradient,
         unused_parameter,
         overclipped,

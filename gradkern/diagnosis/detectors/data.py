@@ -19,11 +19,19 @@ from gradkern.record.schema import Record
 # the curvature 100 times what they should be. Images from 0 to 255 have about 60.
 INPUT_STD: Final = 10.0
 INPUT_PEAK: Final = 100.0
+# At a thousand no first layer without a normalisation suits them, however slowly it learns.
+INPUT_STD_HUGE: Final = 1e3
+# At a hundredth the network sees its biases only, and gradients of its first layer are as small.
+INPUT_STD_TINY: Final = 0.01
 
 # Targets of a regression: a squared error of 100 x 100 has gradients 100 times the usual. Class numbers and
 # tokens are larger but their loss is not: it must be a tenth of the target at least.
 TARGET_PEAK: Final = 100.0
 TARGET_LOSS: Final = 0.1
+
+# Outputs that have come to a thousandth of the targets after 100 steps are on their way.
+UNDERWAY: Final = 100
+OUT_OF_REACH: Final = 1e-3
 
 # One batch against those before: ten times their largest value.
 BATCH_RATIO: Final = 10.0
@@ -37,8 +45,10 @@ def data_scale(record: Record) -> list[Finding]:
 
     Inputs with a standard deviation of 10 or a largest value of 100, regression targets of 100: information,
     for a normalising first layer makes up for it; a warning if the loss is bad, the first hidden layer is
-    saturated or dead at the first step, or a layer is cut off altogether later. A single batch: information,
-    a warning if the loss was harmed.
+    saturated or dead at the first step, or a layer is cut off altogether later; also if half of the first
+    loss is left after 100 steps, and targets are 1000 times the outputs, or inputs have a standard deviation
+    of 1000 without a normalisation. Inputs with a standard deviation of 0.01: a warning if the loss is flat.
+    A single batch: information, a warning if the loss was harmed.
     """
     view = View.of(record)
     return [*_scale(view), *_batch(view)]
@@ -59,9 +69,13 @@ def _scale(view: View) -> list[Finding]:
     tokens = any(p.role == "embedding" for p in view.parameters.values())
     inputs = not tokens and (std >= INPUT_STD or peak >= INPUT_PEAK)
     targets = target >= TARGET_PEAK and first_loss >= TARGET_LOSS * target
+    if not tokens and not targets and 0 < std <= INPUT_STD_TINY and state.flat:
+        return [_too_small(int(steps[0]), std, peak)]
     if not inputs and not targets:
         return []
-    is_alarm = state.is_bad or (inputs and (_is_blocked(view) or _is_cut_off(view)))
+    is_huge = inputs and std >= INPUT_STD_HUGE and not _normalises_first(view)
+    is_alarm = state.is_bad or (state.is_slow and (is_huge or (targets and _is_out_of_reach(view, target))))
+    is_alarm = is_alarm or (inputs and (_is_blocked(view) or _is_cut_off(view)))
     parts = []
     if inputs:
         parts.append(f"Inputs reach {number(peak)} (standard deviation {number(std)})")
@@ -86,6 +100,37 @@ def _scale(view: View) -> list[Finding]:
     ]
 
 
+def _too_small(step: int, std: float, peak: float) -> Finding:
+    return Finding(
+        "data_scale",
+        "warning",
+        step,
+        (),
+        std,
+        INPUT_STD_TINY,
+        {"data_abs_max": peak, "data_std": std, "what": "inputs"},
+        f"Inputs have a standard deviation of {number(std)}; networks start from values around 1, and the "
+        "loss does not come down.",
+    )
+
+
+def _is_out_of_reach(view: View, target: float) -> bool:
+    """Whether outputs are nowhere near the targets after some steps."""
+    steps, peaks = view.rows("act_abs_max")
+    names = view.names("act_abs_max")
+    last = view.modules[-1].name if view.modules else ""
+    if not len(steps) or last not in names or int(steps[-1]) < UNDERWAY:
+        return False
+    return bool(peaks[-1, names.index(last)] < OUT_OF_REACH * target)
+
+
+def _normalises_first(view: View) -> bool:
+    """Whether the first module that has weights normalises what it is given."""
+    owners = {parameter.module: parameter.role for parameter in view.parameters.values()}
+    first = next((module for module in view.modules if module.name in owners), None)
+    return first is not None and owners[first.name] == "norm"
+
+
 def _is_blocked(view: View) -> bool:
     for kind in ("act_saturated", "act_dead"):
         _, rows = view.rows(kind)
@@ -95,7 +140,9 @@ def _is_blocked(view: View) -> bool:
         measured = [
             m.name for m in view.modules if m.name in names and np.isfinite(rows[0, names.index(m.name)])
         ]
-        if len(measured) > 1 and rows[0, names.index(measured[0])] >= BLOCKED:
+        # The last module is the output, which may be where it should.
+        hidden = [name for name in measured if name != view.modules[-1].name]
+        if hidden and rows[0, names.index(hidden[0])] >= BLOCKED:
             return True
     return False
 

@@ -25,6 +25,8 @@ GROWTH_ALONE: Final = 1e4
 # Before any update, a network that keeps its signal gives outputs of the size of its inputs, and residual
 # branches that add up ten times that. Gradients on the way back are magnified by the same weights.
 FORWARD_GROWTH: Final = 100.0
+# At ten thousand the first loss means nothing, whether it comes down or not.
+FORWARD_ALONE: Final = 1e4
 
 # Before any update, gradients of one weight, for its size, against those of another: three decades more, and
 # no learning rate suits both.
@@ -81,7 +83,7 @@ def exploding_gradient(record: Record) -> list[Finding]:
 
     Where there is no chain to fit, a run in trouble is looked at before its first update: forward, outputs
     100 times the inputs or beyond float32; or uneven, relative gradients of one weight 1000 times those of
-    the last one.
+    the last one. Outputs of 10,000 times are a warning in any run.
     """
     view = View.of(record)
     start = [*_over_depth(view), *_over_time(view)] or _forward(view) or _uneven(view)
@@ -265,8 +267,7 @@ def _at_first(view: View, kind: str) -> dict[str, float]:
 
 
 def _forward(view: View) -> list[Finding]:
-    if health(view).trouble is None:
-        return []
+    trouble = health(view).trouble
     peaks, bad = _at_first(view, "act_abs_max"), _at_first(view, "act_nonfinite")
     order = [module.name for module in view.modules if module.name in peaks]
     inputs = series.largest(view.scalar("data_abs_max")[1][:1])
@@ -277,7 +278,7 @@ def _forward(view: View) -> list[Finding]:
     lost = next((name for name in order if bad.get(name, 0.0) > 0), None)
     worst = max(order, key=lambda name: peaks[name])
     growth = peaks[worst] / base
-    if growth < FORWARD_GROWTH:
+    if growth < (FORWARD_GROWTH if trouble is not None else FORWARD_ALONE):
         return []
     # Up to the first that overflowed: finite outputs behind it say nothing.
     end = f"to NaN and Inf in {lost!r}" if lost else f"to {number(peaks[worst])} in {worst!r}"
@@ -285,7 +286,7 @@ def _forward(view: View) -> list[Finding]:
     return [
         Finding(
             "exploding_gradient",
-            "error",
+            "warning" if trouble is None else "error",
             step,
             (lost or worst,),
             growth,

@@ -81,6 +81,8 @@ def fp16_overflow(record: Record) -> list[Finding]:
                 else ()
             )
             hit = (lost, names, math.nan)
+        elif hit is None and _is_sound_but_for_the_loss(view, lost):
+            hit = (lost, (), 1.0)
     if hit is not None:
         step, names, amount = hit
         # What was lost already in other ways is no overflow: NaN in float32 weights or data before it.
@@ -96,7 +98,8 @@ def fp16_overflow(record: Record) -> list[Finding]:
                 amount,
                 FP16_LARGEST,
                 {"loss_scale": _scale(view)},
-                f"Float16 overflowed at step {step} in {listed(names)}: it ends at 65504, bfloat16 does not.",
+                f"Float16 overflowed at step {step} in {listed(names) if names else 'the loss'}: it ends at "
+                "65504, bfloat16 does not.",
             )
         ]
     _, peaks = view.rows("act_abs_max")
@@ -118,6 +121,12 @@ def fp16_overflow(record: Record) -> list[Finding]:
             f"Outputs of {name!r} reach {number(highest)} at step {step}; float16 ends at 65504.",
         )
     ]
+
+
+def _is_sound_but_for_the_loss(view: View, step: int) -> bool:
+    """Whether the gradients of a loss that is Inf are finite, as they are if only its sum left the range."""
+    steps, counts = view.scalar("nonfinite_count")
+    return bool((counts[steps == step] == 0).any())
 
 
 def fp16_underflow(record: Record) -> list[Finding]:

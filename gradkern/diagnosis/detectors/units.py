@@ -29,6 +29,10 @@ SATURATED: Final = 0.9
 # wrong; if it stays so it is an alarm whatever the loss does.
 SATURATED_ALONE: Final = 0.95
 
+# Of random weights no two units have gradients that agree to one in a thousand, let alone eight.
+SYMMETRIC: Final = 1e-3
+SYMMETRIC_LEAST: Final = 8
+
 # A gradient that is exactly zero on each of 50 steps: not sparsity, which varies with the batch.
 ZERO_STEPS: Final = 50
 
@@ -140,6 +144,48 @@ def zero_gradient(record: Record) -> list[Finding]:
             0.0,
             {"parameters": float(len(bad)), "all": "yes" if everything else "no"},
             f"The gradient of {listed(found)} has been exactly zero since step {onset}.",
+        )
+    ]
+
+
+def symmetric_units(record: Record) -> list[Finding]:
+    """All units of a hidden module get the same gradient, and go on to: they were initialised alike.
+
+    The largest unit's norm times the root of their number is the norm of all, to one in a thousand, at the
+    first measurement and the last, for 8 units or more. A warning if half of the first loss is left; units
+    of which only the mean is used get the same gradient too.
+    """
+    view = View.of(record)
+    steps, norms = view.rows("out_grad_norm")
+    _, largest = view.rows("out_grad_unit_max")
+    names = view.names("out_grad_norm")
+    if len(steps) < LEAST_ROWS or largest.shape != norms.shape or not health(view).is_slow:
+        return []
+    widths = {p.module: p.rows for p in view.parameters.values() if p.role == "weight" and p.ndim > 1}
+    last = max((m.order for m in view.modules if m.name in widths), default=-1)
+    alike = []
+    for column, name in enumerate(names):
+        width = widths.get(name, 0)
+        ends = norms[[0, -1], column].astype(np.float64)
+        if width < SYMMETRIC_LEAST or _order(view, name) >= last or not (ends > 0).all():
+            continue
+        spread = largest[[0, -1], column] * math.sqrt(width) / ends
+        if (np.abs(spread - 1) <= SYMMETRIC).all():
+            alike.append(name)
+    if not alike:
+        return []
+    alike.sort(key=lambda name: _order(view, name))
+    return [
+        Finding(
+            "symmetric_units",
+            "warning",
+            int(steps[0]),
+            tuple(alike[:5]),
+            float(len(alike)),
+            0.0,
+            {"modules": float(len(alike))},
+            f"All {widths[alike[0]]} units of {alike[0]!r} get the same gradient{_more(len(alike) - 1)}: "
+            "they began alike and stay so.",
         )
     ]
 

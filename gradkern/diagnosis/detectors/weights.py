@@ -10,6 +10,7 @@ import numpy as np
 from gradkern.diagnosis import series
 from gradkern.diagnosis.findings import Finding
 from gradkern.diagnosis.health import LARGE_UPDATE, health
+from gradkern.diagnosis.series import Floats
 from gradkern.diagnosis.view import View
 from gradkern.diagnosis.words import number
 from gradkern.record.schema import Record
@@ -39,10 +40,17 @@ RATIO_SLOW: Final = 1e-5
 # for want of gradient.
 ORDINARY: Final = 1e-3
 
-# A schedule that has taken the rate down by a factor of 1000 for half of the run, while half of the loss is
-# still there, ended too soon.
+# Significant bits are few in these; a tenth of an update is what arrives when most elements do not. Adam's
+# updates are a fifth of the learning rate, for gradients that are all noise: (1 - 0.9) / (1 + 0.9) in square.
+HALVES: Final = ("float16", "bfloat16")
+ROUNDED_AWAY: Final = 0.1
+NOISE_LEFT: Final = 0.2
+
+# Weights that are a tenth of what they were pass a hundredth through two layers.
+SHRUNK: Final = 0.1
+
+# A schedule that has taken the rate down by a factor of 1000 for half of a run that is slow ended too soon.
 RATE_FELL: Final = 1e3
-STILL_THERE: Final = 0.5
 
 
 def weights_growing(record: Record) -> list[Finding]:
@@ -102,7 +110,8 @@ def weights_growing(record: Record) -> list[Finding]:
 def update_ratio_high(record: Record) -> list[Finding]:
     """Updates are a tenth of the weights or more while the loss is bad, or half of them all the time.
 
-    With a bad loss a tenth of the steps, one step of 0.3, or one on the way to a NaN is enough.
+    With a bad loss a tenth of the steps, one step of 0.3, or one on the way to a NaN is enough. A warning too
+    if the first step changed most matrices by 0.3, and half of the first loss is left after 100 steps.
 
     The usual cause is the learning rate. Zero weights, which have no ratio, are left out.
     """
@@ -122,8 +131,10 @@ def update_ratio_high(record: Record) -> list[Finding]:
     is_lasting = usual >= RATIO_HIGH_ALONE and len(ratios) >= 5
     share = float(high.mean())
     is_hard = share >= 0.1 or worst >= LARGE_UPDATE or (state.nonfinite is not None and bool(high.any()))
-    if not is_lasting and not (state.is_bad and is_hard):
+    if not is_lasting and not (state.is_bad and is_hard) and not _is_overwritten(view):
         return []
+    if not high.any():
+        high = ratios == worst
     first = int(steps[np.flatnonzero(high)[0]])
     names = _moved_most(view, first)
     lr_steps, lrs = view.scalar("lr")
@@ -142,6 +153,101 @@ def update_ratio_high(record: Record) -> list[Finding]:
             f"{rate}; a thousandth is usual.",
         )
     ]
+
+
+def update_rounded_away(record: Record) -> list[Finding]:
+    """Updates of half-precision weights are lost: elements too small to change what they are added to.
+
+    Bfloat16 has 8 significant bits and float16 11: less than a 512th (4096th) of a weight is rounded away. In
+    half of the matrices of such a dtype the update is below a tenth of learning rate times gradient for SGD,
+    or of a fifth of the learning rate an element for Adam and its kin, which is what their noise leaves.
+    Information, a warning if the loss is flat. The remedy is to keep float32 weights.
+    """
+    view = View.of(record)
+    steps, updates = view.rows("update_norm")
+    names = view.names("update_norm")
+    halves = [c for c in view.matrices("update_norm") if view.parameters[names[c]].dtype in HALVES]
+    expected = _expected_updates(view, [names[c] for c in halves])
+    if len(steps) < 3 or not halves or expected is None:
+        return []
+    measured = series.row_medians(updates[:, halves])
+    shares = np.where(expected > 0, measured / expected, math.nan)
+    bad = np.flatnonzero(shares < ROUNDED_AWAY)
+    if not len(bad) or 2 * len(bad) < len(halves):
+        return []
+    order = bad[np.argsort(shares[bad])]
+    worst = names[halves[order[0]]]
+    dtype = view.parameters[worst].dtype
+    return [
+        Finding(
+            "update_rounded_away",
+            "warning" if health(view).flat else "info",
+            int(steps[0]),
+            tuple(names[halves[i]] for i in order[:5]),
+            float(shares[order[0]]),
+            ROUNDED_AWAY,
+            {"matrices": float(len(bad)), "expected": float(expected[order[0]])},
+            f"Of the updates of {worst!r} and {len(bad) - 1} other matrices at most "
+            f"{number(float(shares[order[-1]]))} arrives: {dtype} rounds the rest away.",
+        )
+    ]
+
+
+def _expected_updates(view: View, names: list[str]) -> Floats | None:
+    """The norm of an update of each of these, by the rule of the optimizer; None if it is not known."""
+    _, lrs = view.scalar("lr")
+    lr, kind = series.median(lrs), str(view.optimizer.get("type", ""))
+    _, grads = view.rows("grad_norm")
+    known = {name: column for column, name in enumerate(view.names("grad_norm"))}
+    if not lr > 0 or not len(grads) or any(name not in known for name in names):
+        return None
+    if kind == "SGD":
+        return lr * series.row_medians(grads[:, [known[name] for name in names]])
+    if kind in ("Adam", "AdamW", "NAdam", "RAdam", "RMSprop"):
+        return lr * NOISE_LEFT * np.sqrt([float(view.parameters[name].numel) for name in names])
+    return None
+
+
+def weights_shrinking(record: Record) -> list[Finding]:
+    """All weight matrices together are a tenth of what they were at first, and the loss does not come down.
+
+    Weight decay, or a penalty, is stronger than the gradients. A warning.
+    """
+    view = View.of(record)
+    steps, rows = view.rows("weight_norm")
+    columns = view.matrices("weight_norm")
+    if len(steps) < 3 or not columns or not view.has_start or not health(view).flat:
+        return []
+    norms = np.sqrt(np.square(rows[:, columns].astype(np.float64)).sum(axis=1))
+    if not norms[0] > 0 or not norms[-1] <= SHRUNK * norms[0]:
+        return []
+    onset = int(steps[np.flatnonzero(norms <= 0.5 * norms[0])[0]])
+    names = [view.names("weight_norm")[c] for c in columns]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        left = np.nan_to_num(rows[-1, columns] / rows[0, columns], nan=1.0)
+    decay = float(view.optimizer.get("weight_decay") or 0.0)
+    return [
+        Finding(
+            "weights_shrinking",
+            "warning",
+            onset,
+            tuple(names[i] for i in np.argsort(left)[:3]),
+            float(norms[-1] / norms[0]),
+            SHRUNK,
+            {"first": float(norms[0]), "last": float(norms[-1]), "weight_decay": decay},
+            f"The weights have shrunk to {number(float(norms[-1] / norms[0]))} of what they were, and the "
+            f"loss does not come down; the weight decay is {number(decay)}.",
+        )
+    ]
+
+
+def _is_overwritten(view: View) -> bool:
+    """Whether the first update has replaced what most matrices were initialised with, to no good."""
+    steps, ratios, _ = view.update_ratios
+    if not len(steps) or not view.has_start or int(steps[0]) > int(view.steps[0]):
+        return False
+    known = series.finite(ratios[0])
+    return len(known) > 0 and series.median(known) >= LARGE_UPDATE and health(view).is_slow
 
 
 def update_ratio_low(record: Record) -> list[Finding]:
@@ -190,7 +296,7 @@ def _frozen(view: View) -> list[Finding]:
     lr_steps, lrs = view.scalar("lr")
     state = health(view)
     peak = series.largest(lrs)
-    if len(steps) < 10 or not peak > 0 or not state.last > STILL_THERE * state.start > 0:
+    if len(steps) < 10 or not peak > 0 or not state.is_slow:
         return []
     late = ratios[len(steps) // 2 :]
     highest, before = series.largest(late), series.largest(ratios)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import pytest
+
 from gradkern.diagnosis import DETECTORS
-from tests.diagnosis.synthetic import falling, flat, noisy, only, parameter, record_of
+from tests.diagnosis.synthetic import falling, flat, layers, noisy, only, parameter, record_of
 
 data_scale = DETECTORS["data_scale"]
 
@@ -67,3 +69,32 @@ def test_one_large_batch_without_harm_is_information() -> None:
 
 def test_one_large_batch_that_undid_the_training_is_a_warning() -> None:
     assert one_batch([*falling(101), *falling(99, start=5.0)]) == "warning"
+
+
+@pytest.mark.parametrize(("output", "found"), [(5.0, "warning"), (3e4, "info")])
+def test_targets_that_the_outputs_do_not_come_near_are_a_warning(output: float, found: str) -> None:
+    meta = {"modules": [{"name": "head", "type": "Linear", "order": 0, "branch": "0"}]}
+    record = record_of(
+        loss=falling(130, start=1e11, end=8e10), target_abs_max=[5e5] * 130,
+        rows={"act_abs_max": {"head": [output] * 13}}, every=10, meta=meta,
+    )  # fmt: skip
+    assert only(data_scale(record)).severity == found
+
+
+def test_inputs_of_a_ten_thousandth_are_a_warning_in_a_flat_run() -> None:
+    record = record_of(loss=flat(120), data_std=[1e-4] * 120, data_abs_max=[4e-4] * 120)
+    assert only(data_scale(record)).severity == "warning"
+
+
+def test_small_inputs_are_silent_in_a_run_that_learns() -> None:
+    assert data_scale(record_of(loss=falling(120), data_std=[1e-4] * 120, data_abs_max=[4e-4] * 120)) == []
+
+
+@pytest.mark.parametrize(("role", "found"), [("weight", "warning"), ("norm", "info")])
+def test_enormous_inputs_of_a_slow_run_need_a_normalisation(role: str, found: str) -> None:
+    meta = layers(2)
+    meta["parameters"][0]["role"] = role
+    record = record_of(
+        loss=falling(130, start=2.0, end=1.5), data_std=[1e5] * 130, data_abs_max=[1e6] * 130, meta=meta
+    )
+    assert only(data_scale(record)).severity == found

@@ -195,3 +195,9 @@ def test_relative_gradients_that_grow_a_thousandfold_on_the_way_back_are_an_expl
     findings = exploding(record)
     assert len(findings) == found
     assert [finding.evidence["axis"] for finding in findings] == ["uneven"] * found
+
+
+def test_outputs_that_are_ten_thousand_times_the_inputs_are_a_warning_in_any_run() -> None:
+    outputs = {"l0": 3.0, "l1": 300.0, "l2": 3000.0, "l3": 6e4}
+    record = record_of(**at_start("act_abs_max", outputs) | {"loss": falling(60)})
+    assert only(exploding(record)).severity == "warning"

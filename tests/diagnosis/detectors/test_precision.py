@@ -108,3 +108,8 @@ def test_gradients_that_are_all_zero_underflowed_if_the_last_layer_is_at_the_flo
     for step in range(0, 120, 10):
         record.put_exponents(step, [none, none, last])
     assert len(fp16_underflow(record)) == found
+
+
+def test_a_lost_loss_with_finite_gradients_is_an_overflow_of_its_sum() -> None:
+    record = record_of(loss=[9e4, 8e4, math.inf], nonfinite_count=[0.0, 0.0, 0.0], meta=HALF)
+    assert only(fp16_overflow(record)).names == ()

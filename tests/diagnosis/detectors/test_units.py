@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 
+import pytest
+
 from gradkern.diagnosis import DETECTORS
 from tests.diagnosis.synthetic import falling, flat, layers, only, parameter, record_of
 
@@ -11,6 +13,7 @@ dead_relu = DETECTORS["dead_relu"]
 saturated = DETECTORS["saturated_activation"]
 zero_gradient = DETECTORS["zero_gradient"]
 unused = DETECTORS["unused_parameter"]
+symmetric = DETECTORS["symmetric_units"]
 
 ORDER = {
     "modules": [
@@ -100,3 +103,21 @@ def test_a_frozen_parameter_is_not_unused() -> None:
     meta = {"parameters": [parameter("a.weight"), parameter("b.weight", requires_grad=False)]}
     rows = {"grad_norm": {"a.weight": [1.0] * 5, "b.weight": [math.nan] * 5}}
     assert unused(record_of(loss=falling(5), rows=rows, meta=meta)) == []
+
+
+@pytest.mark.parametrize(("largest", "found"), [(1.0, 1), (1.1, 0)])
+def test_units_of_a_hidden_module_that_all_get_the_same_gradient_are_a_warning(
+    largest: float, found: int
+) -> None:
+    norm = math.sqrt(8)  # of eight units of 1
+    rows = {
+        "out_grad_norm": {"l0": [norm] * 12, "l1": [norm] * 12, "l2": [norm] * 12},
+        "out_grad_unit_max": {"l0": [largest] * 12, "l1": [2.0] * 12, "l2": [1.0] * 12},
+    }
+    findings = symmetric(record_of(loss=flat(120), rows=rows, every=10, meta=layers(3)))
+    assert [finding.names for finding in findings] == [("l0",)] * found
+
+
+def test_units_that_are_alike_in_a_run_that_learns_are_silent() -> None:
+    rows = {"out_grad_norm": {"l0": [math.sqrt(8)] * 12}, "out_grad_unit_max": {"l0": [1.0] * 12}}
+    assert symmetric(record_of(loss=falling(120), rows=rows, every=10, meta=layers(2))) == []

@@ -7,12 +7,14 @@ import math
 import numpy as np
 import pytest
 
-from gradkern.diagnosis import DETECTORS
+from gradkern.diagnosis import DETECTORS, Finding
 from tests.diagnosis.synthetic import falling, flat, only, parameter, record_of
 
 weights_growing = DETECTORS["weights_growing"]
 update_ratio_high = DETECTORS["update_ratio_high"]
 update_ratio_low = DETECTORS["update_ratio_low"]
+update_rounded_away = DETECTORS["update_rounded_away"]
+weights_shrinking = DETECTORS["weights_shrinking"]
 
 ONE = {"parameters": [parameter("w", (10, 10))]}
 
@@ -135,3 +137,57 @@ def test_a_rate_that_falls_at_the_end_or_when_all_is_learned_is_silent(since: in
     losses = falling(200, start=2.0, end=end)
     record = record_of(loss=losses, rows=moved(since), every=10, meta=ONE, **schedule(0.0, since))
     assert [finding for finding in update_ratio_low(record) if finding.is_alarm] == []
+
+
+def rounded(
+    measured: float, *, dtype: str, kind: str = "SGD", loss: list[float] | None = None
+) -> list[Finding]:
+    """A matrix with a gradient of 2 at a rate of 0.01, whose measured update is given."""
+    rows = {"update_norm": {"w": [measured] * 13}, "grad_norm": {"w": [2.0] * 13}}
+    meta = {"parameters": [parameter("w", (8, 8), dtype=dtype)], "optimizer": {"type": kind}}
+    return update_rounded_away(
+        record_of(loss=loss or flat(130), lr=[0.01] * 130, rows=rows, every=10, meta=meta)
+    )
+
+
+@pytest.mark.parametrize(
+    ("dtype", "found"), [("torch.bfloat16", 1), ("torch.float16", 1), ("torch.float32", 0)]
+)
+def test_updates_of_half_weights_that_do_not_arrive_are_a_warning(dtype: str, found: int) -> None:
+    assert [finding.severity for finding in rounded(0.001, dtype=dtype)] == ["warning"] * found
+
+
+def test_updates_that_arrive_are_silent() -> None:
+    assert rounded(0.02, dtype="torch.bfloat16") == []
+
+
+def test_what_adam_makes_of_noise_is_a_fifth_of_the_rate_an_element() -> None:
+    assert only(rounded(0.0015, dtype="torch.bfloat16", kind="Adam")).evidence["expected"] == pytest.approx(
+        0.016
+    )
+    assert rounded(0.002, dtype="torch.bfloat16", kind="Adam") == []
+
+
+def test_updates_that_do_not_arrive_are_information_while_the_run_learns() -> None:
+    assert only(rounded(0.001, dtype="torch.bfloat16", loss=falling(130))).severity == "info"
+
+
+@pytest.mark.parametrize(("end", "found"), [(0.05, 1), (0.5, 0)])
+def test_weights_that_shrink_to_nothing_in_a_flat_run_are_a_warning(end: float, found: int) -> None:
+    norms = [float(value) for value in np.geomspace(4.0, 4.0 * end, 13)]
+    record = record_of(loss=flat(130), rows={"weight_norm": {"w": norms}}, every=10, meta=ONE)
+    assert len(weights_shrinking(record)) == found
+
+
+def test_weights_that_shrink_in_a_run_that_learns_are_silent() -> None:
+    norms = [float(value) for value in np.geomspace(4.0, 0.04, 13)]
+    record = record_of(loss=falling(130), rows={"weight_norm": {"w": norms}}, every=10, meta=ONE)
+    assert weights_shrinking(record) == []
+
+
+def test_a_first_update_that_replaces_the_weights_is_a_warning_if_the_loss_hardly_came_down() -> None:
+    rows = {"weight_norm": {"w": [1.0] * 13}, "update_norm": {"w": [0.5, *[0.01] * 12]}}
+    for end, found in ((1.6, 1), (0.2, 0)):
+        scalars = {"loss": falling(130, start=2.0, end=end), "weight_norm": [1.0] * 130}
+        scalars["update_norm"] = [0.5, *[0.01] * 129]
+        assert len(update_ratio_high(record_of(rows=rows, every=10, meta=ONE, **scalars))) == found

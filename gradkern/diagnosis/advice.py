@@ -315,6 +315,17 @@ def _rate(view: View, cause: Finding | None, kinds: dict[str, Finding]) -> list[
                 0.92 if cause is high else 0.5,
             )
         ]
+    if low is not None and cause is low and "size" in low.evidence:
+        better = min(float(low.evidence["size"]) / 1e3, 1e-8)
+        return [
+            Advice(
+                "Lower eps",
+                f"for group in optimizer.param_groups: group['eps'] = {better:.0e}",
+                low.sentence.rstrip("."),
+                "a very small eps lets elements without signal move at full speed",
+                0.92,
+            )
+        ]
     if low is not None and cause is low and "peak_lr" in low.evidence:
         return [
             Advice(

@@ -251,8 +251,9 @@ def _sign_as_cause(view: View, alarms: list[Finding]) -> tuple[Finding | None, C
         is_small = not len(early) or median(early) < MOVING_UPDATE
         if finding.kind == "loss_diverging" and state.best >= NEVER_FELL * state.start > 0 and is_small:
             return finding, "optimizer"
-    if kinds == {"weights_growing"}:
-        return alarms[0], "optimizer"
+    growing = next((finding for finding in alarms if finding.kind == "weights_growing"), None)
+    if growing is not None and all(growing.step <= finding.step for finding in alarms):
+        return growing, "optimizer"  # only the optimizer changes weights
     if kinds <= NONFINITE:
         return _operation(view, alarms)
     return None, None

@@ -1,7 +1,7 @@
 """The labelled suite: small training runs of which it is known what is wrong with them, or that nothing is.
 
-Each case is a family of runs: a seed makes one. Those here were looked at while thresholds were chosen
-("tune"); those of `held_faults` and `held_healthy` were not ("held").
+Each case is a family of runs: a seed makes one. Those here and in `user_faults` were looked at while
+thresholds were chosen ("tune"); those of `held_faults` and `held_healthy` were not ("held").
 """
 
 from __future__ import annotations

@@ -192,3 +192,11 @@ def test_a_loss_that_does_not_come_down_is_a_consequence_of_what_is_found() -> N
     assert [(finding.kind, finding.severity) for finding in diagnosis.consequences] == [
         ("no_traction", "warning")
     ]
+
+
+def test_weights_that_grew_before_all_else_are_the_optimizers() -> None:
+    rows = {"weight_norm": {"l0.weight": [80.0 * 1.5**place for place in range(20)]}}
+    losses = [*falling(100), *[3.0 * 1.02**step for step in range(100)]]
+    diagnosis = diagnose(record_of(loss=losses, rows=rows, every=10, meta=layers(1)))
+    assert diagnosis.cause is not None
+    assert (diagnosis.cause.kind, diagnosis.category) == ("weights_growing", "optimizer")

@@ -21,6 +21,7 @@ LONG = ("healthy_converged", "healthy_batch_of_one")
 # What is known to be missed, and why.
 MISSED = {
     "redundant_softmax": "the loss comes down, slowly, as it does in runs that are slow for other reasons",
+    "bfloat16_updates_lost": "the largest updates arrive, and the loss comes down, slowly",
 }
 QUICK = [
     pytest.param(name, marks=pytest.mark.xfail(reason=MISSED[name], strict=True)) if name in MISSED else name

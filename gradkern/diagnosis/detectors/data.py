@@ -19,8 +19,9 @@ from gradkern.record.schema import Record
 # the curvature 100 times what they should be. Images from 0 to 255 have about 60.
 INPUT_STD: Final = 10.0
 INPUT_PEAK: Final = 100.0
-# At a thousand no first layer without a normalisation suits them, however slowly it learns.
+# At a thousand, with a first layer that passes a tenth of it on, nothing behind it is as it was meant to be.
 INPUT_STD_HUGE: Final = 1e3
+PASSED_ON: Final = 0.1
 # At a hundredth the network sees its biases only, and gradients of its first layer are as small.
 INPUT_STD_TINY: Final = 0.01
 
@@ -29,9 +30,14 @@ INPUT_STD_TINY: Final = 0.01
 TARGET_PEAK: Final = 100.0
 TARGET_LOSS: Final = 0.1
 
-# Outputs that have come to a thousandth of the targets after 100 steps are on their way.
+# Outputs that have come to a hundredth of the targets after 100 steps are on their way.
 UNDERWAY: Final = 100
-OUT_OF_REACH: Final = 1e-3
+OUT_OF_REACH: Final = 0.01
+
+# Batches whose largest values differ by a factor of 100, and losses by ten, one in ten against another: some
+# of the data are in another unit, or fill values. Heavy tails make a factor of ten.
+TWO_UNITS: Final = 100.0
+TWO_LOSSES: Final = 10.0
 
 # One batch against those before: ten times their largest value.
 BATCH_RATIO: Final = 10.0
@@ -45,13 +51,14 @@ def data_scale(record: Record) -> list[Finding]:
 
     Inputs with a standard deviation of 10 or a largest value of 100, regression targets of 100: information,
     for a normalising first layer makes up for it; a warning if the loss is bad, the first hidden layer is
-    saturated or dead at the first step, or a layer is cut off altogether later; also if half of the first
-    loss is left after 100 steps, and targets are 1000 times the outputs, or inputs have a standard deviation
-    of 1000 without a normalisation. Inputs with a standard deviation of 0.01: a warning if the loss is flat.
+    saturated or dead at the first step, or a layer is cut off altogether later; if inputs have a standard
+    deviation of 1000 and the first layer passes it on; or if half of the first loss is left after 100 steps
+    and targets are 100 times the outputs. Inputs with a standard deviation of 0.01: a warning if the loss is
+    flat. Batches that differ by a factor of 100, one in ten against another: a warning if losses do by ten.
     A single batch: information, a warning if the loss was harmed.
     """
     view = View.of(record)
-    return [*_scale(view), *_batch(view)]
+    return [*_scale(view), *(_mixed(view) or _batch(view))]
 
 
 def _scale(view: View) -> list[Finding]:
@@ -73,9 +80,11 @@ def _scale(view: View) -> list[Finding]:
         return [_too_small(int(steps[0]), std, peak)]
     if not inputs and not targets:
         return []
-    is_huge = inputs and std >= INPUT_STD_HUGE and not _normalises_first(view)
-    is_alarm = state.is_bad or (state.is_slow and (is_huge or (targets and _is_out_of_reach(view, target))))
-    is_alarm = is_alarm or (inputs and (_is_blocked(view) or _is_cut_off(view)))
+    is_alarm = state.is_bad or (targets and state.is_slow and _is_out_of_reach(view, target))
+    if inputs and not is_alarm:
+        is_alarm = (
+            (std >= INPUT_STD_HUGE and _passes_on(view, peak)) or _is_blocked(view) or _is_cut_off(view)
+        )
     parts = []
     if inputs:
         parts.append(f"Inputs reach {number(peak)} (standard deviation {number(std)})")
@@ -124,11 +133,46 @@ def _is_out_of_reach(view: View, target: float) -> bool:
     return bool(peaks[-1, names.index(last)] < OUT_OF_REACH * target)
 
 
-def _normalises_first(view: View) -> bool:
-    """Whether the first module that has weights normalises what it is given."""
-    owners = {parameter.module: parameter.role for parameter in view.parameters.values()}
-    first = next((module for module in view.modules if module.name in owners), None)
-    return first is not None and owners[first.name] == "norm"
+def _passes_on(view: View, peak: float) -> bool:
+    """Whether the first module that has weights gives, at the first step, outputs as large as the inputs."""
+    owners = {parameter.module for parameter in view.parameters.values()}
+    steps, peaks = view.rows("act_abs_max")
+    names = view.names("act_abs_max")
+    first = next((module.name for module in view.modules if module.name in owners), None)
+    if first not in names or not len(steps):
+        return False
+    return bool(peaks[0, names.index(first)] >= PASSED_ON * peak)
+
+
+def _mixed(view: View) -> list[Finding]:
+    """Batches of which some are in another unit, on and on."""
+    _, losses = view.scalar("loss")
+    late = losses[len(losses) // 2 :]
+    if len(series.finite(late)) < UNDERWAY // 2 or not series.smallest(late) > 0:
+        return []
+    low, high = np.quantile(series.finite(late), [0.1, 0.9])
+    for name, what in (("data_abs_max", "inputs"), ("target_abs_max", "targets")):
+        steps, values = view.scalar(name)
+        known = series.finite(values)
+        if len(known) < UNDERWAY:
+            continue
+        small, large = np.quantile(known, [0.1, 0.9])
+        if large < TWO_UNITS * small or not small > 0 or high < TWO_LOSSES * low:
+            continue
+        return [
+            Finding(
+                "data_scale",
+                "warning",
+                int(steps[int(np.argmax(values >= large))]),
+                (),
+                float(large / small),
+                TWO_UNITS,
+                {"ratio": float(large / small), "what": f"{what} of a batch"},
+                f"The {what} of one batch in ten reach {number(float(large))} or more, those of one in ten "
+                f"{number(float(small))} or less, and the loss jumps with them.",
+            )
+        ]
+    return []
 
 
 def _is_blocked(view: View) -> bool:

@@ -10,7 +10,7 @@ import numpy as np
 
 from gradkern.diagnosis import series
 from gradkern.diagnosis.findings import Finding, Severity
-from gradkern.diagnosis.health import health
+from gradkern.diagnosis.health import chance_level, health
 from gradkern.diagnosis.series import Floats
 from gradkern.diagnosis.view import View
 from gradkern.diagnosis.words import listed, number, percent
@@ -19,14 +19,18 @@ from gradkern.record.schema import Record
 # Over training: gradients a hundred times the first ones, while the loss is in trouble. Networks that start
 # on a plateau grow a hundredfold too, but their loss goes down.
 GROWTH: Final = 100.0
+# It begins after the last step on which they were within three times the first ones.
+QUIET: Final = 3.0
 # Whatever the loss does: nothing that learns grows ten-thousandfold without its loss going down.
 GROWTH_ALONE: Final = 1e4
 
 # Before any update, a network that keeps its signal gives outputs of the size of its inputs, and residual
 # branches that add up ten times that. Gradients on the way back are magnified by the same weights.
 FORWARD_GROWTH: Final = 100.0
-# At ten thousand the first loss means nothing, whether it comes down or not.
+# At ten thousand the first loss means nothing, whether it comes down or not. Nor does a loss that begins at
+# 100 times a guess, or (squared) at 100 times the targets, if outputs have grown too: sums do one of the two.
 FORWARD_ALONE: Final = 1e4
+FIRST_LOSS: Final = 100.0
 
 # Before any update, gradients of one weight, for its size, against those of another: three decades more, and
 # no learning rate suits both.
@@ -83,7 +87,8 @@ def exploding_gradient(record: Record) -> list[Finding]:
 
     Where there is no chain to fit, a run in trouble is looked at before its first update: forward, outputs
     100 times the inputs or beyond float32; or uneven, relative gradients of one weight 1000 times those of
-    the last one. Outputs of 10,000 times are a warning in any run.
+    the last one. Outputs of 10,000 times are a warning in any run, and those of 100 times if the first loss
+    is as far off.
     """
     view = View.of(record)
     start = [*_over_depth(view), *_over_time(view)] or _forward(view) or _uneven(view)
@@ -278,7 +283,7 @@ def _forward(view: View) -> list[Finding]:
     lost = next((name for name in order if bad.get(name, 0.0) > 0), None)
     worst = max(order, key=lambda name: peaks[name])
     growth = peaks[worst] / base
-    if growth < (FORWARD_GROWTH if trouble is not None else FORWARD_ALONE):
+    if growth < (FORWARD_GROWTH if trouble is not None or _starts_far_off(view) else FORWARD_ALONE):
         return []
     # Up to the first that overflowed: finite outputs behind it say nothing.
     end = f"to NaN and Inf in {lost!r}" if lost else f"to {number(peaks[worst])} in {worst!r}"
@@ -296,6 +301,15 @@ def _forward(view: View) -> list[Finding]:
             "magnifies gradients on the way back.",
         )
     ]
+
+
+def _starts_far_off(view: View) -> bool:
+    """Whether the first loss is far above what a network that knows nothing has."""
+    first = series.largest(view.scalar("loss")[1][:1])
+    target = series.largest(view.scalar("target_abs_max")[1][:1])
+    if math.isfinite(target):
+        return math.sqrt(max(first, 0.0)) >= FIRST_LOSS * max(target, 1.0)
+    return first >= FIRST_LOSS * chance_level(view)
 
 
 def _uneven(view: View) -> list[Finding]:
@@ -346,13 +360,15 @@ def _over_training(view: View) -> list[Finding]:
     is_lost = state.trouble is not None and not state.unbounded
     level = series.median(growth[-5:])
     is_worse = math.isfinite(state.start) and state.last >= state.start
-    large = np.flatnonzero(growth >= GROWTH)
+    # From a quiet step on: what was as large at first, and came down, did not grow.
+    large = np.flatnonzero(
+        (growth >= GROWTH) & (np.minimum.accumulate(np.nan_to_num(growth, nan=np.inf)) <= QUIET)
+    )
     # Before or while the loss shows it: gradients that only grew long after it had gone are no cause.
     if not len(large) or not (is_lost or (level >= GROWTH_ALONE and is_worse)):
         return []
     reached = int(large[0])
-    quiet = np.flatnonzero(growth[:reached] <= 3.0)
-    onset = int(quiet[-1]) + 1 if len(quiet) else reached
+    onset = int(np.flatnonzero(growth[:reached] <= QUIET)[-1]) + 1
     peak = series.largest(norms)
     names = _largest(view, int(steps[reached]))
     where = f", most in {names[0]!r}" if names else ""

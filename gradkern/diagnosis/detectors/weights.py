@@ -8,12 +8,13 @@ from typing import Final
 import numpy as np
 
 from gradkern.diagnosis import series
+from gradkern.diagnosis.detectors.clipping import ADAPTIVE
 from gradkern.diagnosis.findings import Finding
-from gradkern.diagnosis.health import LARGE_UPDATE, health
+from gradkern.diagnosis.health import LARGE_UPDATE, RECOVERED, health
 from gradkern.diagnosis.series import Floats
 from gradkern.diagnosis.view import View
 from gradkern.diagnosis.words import number
-from gradkern.record.schema import Record
+from gradkern.record.schema import Record, Steps
 
 # Growth: ten times the first weights, to a root mean square of 10. Trained weights stay below 1; embeddings
 # and gains begin at 1.
@@ -46,11 +47,21 @@ HALVES: Final = ("float16", "bfloat16")
 ROUNDED_AWAY: Final = 0.1
 NOISE_LEFT: Final = 0.2
 
-# Weights that are a tenth of what they were pass a hundredth through two layers.
-SHRUNK: Final = 0.1
+# Weights that are a quarter of what they were pass a sixteenth through two layers.
+SHRUNK: Final = 0.25
 
-# A schedule that has taken the rate down by a factor of 1000 for half of a run that is slow ended too soon.
+# Adam divides by sqrt(v) + eps: with eps at a hundred times the size of the first gradients it is plain
+# momentum at a hundredth of the rate. An alarm if what moves is less than usual too.
+EPS_RULES: Final = 100.0
+EPS_UPDATE: Final = 1e-3
+
+# A schedule that has taken the rate down by a factor of 1000 for half of a run ended too soon, unless little
+# of the loss was left.
 RATE_FELL: Final = 1e3
+LEFT: Final = 0.1
+
+# An update larger than the weights leaves nothing of them, at whatever step.
+REPLACED: Final = 1.0
 
 
 def weights_growing(record: Record) -> list[Finding]:
@@ -110,8 +121,9 @@ def weights_growing(record: Record) -> list[Finding]:
 def update_ratio_high(record: Record) -> list[Finding]:
     """Updates are a tenth of the weights or more while the loss is bad, or half of them all the time.
 
-    With a bad loss a tenth of the steps, one step of 0.3, or one on the way to a NaN is enough. A warning too
-    if the first step changed most matrices by 0.3, and half of the first loss is left after 100 steps.
+    With a bad loss a tenth of the steps, one step of 0.3, or one on the way to a NaN is enough, of those
+    since the loss was at its best. A warning too if half of the first loss is left after 100 steps, and the
+    first step changed most matrices by 0.3, or any step was larger than the weights.
 
     The usual cause is the learning rate. Zero weights, which have no ratio, are left out.
     """
@@ -122,6 +134,8 @@ def update_ratio_high(record: Record) -> list[Finding]:
     state = health(view)
     if not len(ratios):
         return []
+    # What a run has learned well after did it no harm.
+    ratios, steps = _since_best(view, ratios, steps)
     # Until the loss is gone: afterwards every number is one of its consequences.
     if state.nonfinite is not None and (steps <= state.nonfinite).any():
         ratios, steps = ratios[steps <= state.nonfinite], steps[steps <= state.nonfinite]
@@ -131,7 +145,8 @@ def update_ratio_high(record: Record) -> list[Finding]:
     is_lasting = usual >= RATIO_HIGH_ALONE and len(ratios) >= 5
     share = float(high.mean())
     is_hard = share >= 0.1 or worst >= LARGE_UPDATE or (state.nonfinite is not None and bool(high.any()))
-    if not is_lasting and not (state.is_bad and is_hard) and not _is_overwritten(view):
+    is_replaced = state.is_slow and (worst >= REPLACED or _is_overwritten(view))
+    if not is_lasting and not (state.is_bad and is_hard) and not is_replaced:
         return []
     if not high.any():
         high = ratios == worst
@@ -209,14 +224,17 @@ def _expected_updates(view: View, names: list[str]) -> Floats | None:
 
 
 def weights_shrinking(record: Record) -> list[Finding]:
-    """All weight matrices together are a tenth of what they were at first, and the loss does not come down.
+    """All weight matrices together are a quarter of what they were at first, and the loss does not come down.
 
-    Weight decay, or a penalty, is stronger than the gradients. A warning.
+    Or half of it is left, and there is weight decay. That, or a penalty, is stronger than the gradients. A
+    warning.
     """
     view = View.of(record)
     steps, rows = view.rows("weight_norm")
     columns = view.matrices("weight_norm")
-    if len(steps) < 3 or not columns or not view.has_start or not health(view).flat:
+    decay = float(view.optimizer.get("weight_decay") or 0.0)
+    state = health(view)
+    if len(steps) < 3 or not columns or not view.has_start or not (state.is_slow if decay else state.flat):
         return []
     norms = np.sqrt(np.square(rows[:, columns].astype(np.float64)).sum(axis=1))
     if not norms[0] > 0 or not norms[-1] <= SHRUNK * norms[0]:
@@ -225,7 +243,6 @@ def weights_shrinking(record: Record) -> list[Finding]:
     names = [view.names("weight_norm")[c] for c in columns]
     with np.errstate(divide="ignore", invalid="ignore"):
         left = np.nan_to_num(rows[-1, columns] / rows[0, columns], nan=1.0)
-    decay = float(view.optimizer.get("weight_decay") or 0.0)
     return [
         Finding(
             "weights_shrinking",
@@ -241,27 +258,39 @@ def weights_shrinking(record: Record) -> list[Finding]:
     ]
 
 
+def _since_best(view: View, ratios: Floats, steps: Steps) -> tuple[Floats, Steps]:
+    """Those since the lowest loss, if that was half of the first or less; else all."""
+    loss_steps, losses = view.scalar("loss")
+    known = np.isfinite(losses)
+    if not known.any() or not losses[known].min() <= RECOVERED * losses[known][0]:
+        return ratios, steps
+    best = int(loss_steps[known][int(np.argmin(losses[known]))])
+    kept = steps >= min(best, int(steps[-1]))  # of rows at a cadence the last one
+    return ratios[kept], steps[kept]
+
+
 def _is_overwritten(view: View) -> bool:
-    """Whether the first update has replaced what most matrices were initialised with, to no good."""
+    """Whether the first update has replaced what most matrices were initialised with."""
     steps, ratios, _ = view.update_ratios
     if not len(steps) or not view.has_start or int(steps[0]) > int(view.steps[0]):
         return False
     known = series.finite(ratios[0])
-    return len(known) > 0 and series.median(known) >= LARGE_UPDATE and health(view).is_slow
+    return len(known) > 0 and series.median(known) >= LARGE_UPDATE
 
 
 def update_ratio_low(record: Record) -> list[Finding]:
     """Updates are below a millionth of the weights (a hundred thousandth if the loss is flat) all the time.
 
     Information, a warning if the loss is flat. A warning too if they have become so for half of the run
-    because the learning rate fell to a thousandth, with more than half of the first loss left.
+    because the learning rate fell to a thousandth, with more than a tenth of the first loss left; or if
+    updates of Adam are below 1e-3 and its eps is 100 times the size of the first gradients.
     """
     view = View.of(record)
     steps, ratios, names = view.update_ratios
     if len(steps) < 3 or not names or not view.has_start:
         return []
-    if frozen := _frozen(view):
-        return frozen
+    if found := _frozen(view) or _ruled_by_eps(view):
+        return found
     medians = series.row_medians(ratios)
     known = np.isfinite(medians)
     if not known.any():
@@ -296,7 +325,7 @@ def _frozen(view: View) -> list[Finding]:
     lr_steps, lrs = view.scalar("lr")
     state = health(view)
     peak = series.largest(lrs)
-    if len(steps) < 10 or not peak > 0 or not state.is_slow:
+    if len(steps) < 10 or not peak > 0 or not state.last > LEFT * state.start > 0:
         return []
     late = ratios[len(steps) // 2 :]
     highest, before = series.largest(late), series.largest(ratios)
@@ -317,6 +346,38 @@ def _frozen(view: View) -> list[Finding]:
             f"The learning rate fell from {number(peak)} to {number(lr)}, below a thousandth since step "
             f"{since}: updates are at most {number(highest)} of the weights, and the loss stands at "
             f"{number(state.last)} of the {number(state.start)} that it began with.",
+        )
+    ]
+
+
+def _ruled_by_eps(view: View) -> list[Finding]:
+    """Whether an adaptive optimizer does not adapt, because its eps is larger than any gradient."""
+    steps, ratios, names = view.update_ratios
+    _, norms = view.scalar("grad_clipped_norm")
+    kind, eps = str(view.optimizer.get("type", "")), view.optimizer.get("eps")
+    elements = sum(p.numel for p in view.parameters.values() if p.requires_grad)
+    early = series.median(norms[:10])
+    if kind not in ADAPTIVE or not isinstance(eps, float) or not elements or not early > 0:
+        return []
+    size, highest = early / math.sqrt(elements), series.largest(series.row_medians(ratios))
+    if eps < EPS_RULES * size or not highest < EPS_UPDATE:
+        return []
+    return [
+        Finding(
+            "update_ratio_low",
+            "warning",
+            int(steps[0]),
+            tuple(names[:3]),
+            highest,
+            EPS_UPDATE,
+            {
+                "eps": eps,
+                "size": size,
+                "lr": series.median(view.scalar("lr")[1]),
+                "relative_gradient": math.nan,
+            },
+            f"The eps of {kind} is {number(eps)} where gradients are {number(size)} an element: it does not "
+            f"adapt, and updates are at most {number(highest)} of the weights.",
         )
     ]
 

@@ -90,11 +90,21 @@ def test_small_inputs_are_silent_in_a_run_that_learns() -> None:
     assert data_scale(record_of(loss=falling(120), data_std=[1e-4] * 120, data_abs_max=[4e-4] * 120)) == []
 
 
-@pytest.mark.parametrize(("role", "found"), [("weight", "warning"), ("norm", "info")])
-def test_enormous_inputs_of_a_slow_run_need_a_normalisation(role: str, found: str) -> None:
-    meta = layers(2)
-    meta["parameters"][0]["role"] = role
+@pytest.mark.parametrize(("output", "found"), [(6e5, "warning"), (3.0, "info")])
+def test_enormous_inputs_are_a_warning_unless_the_first_layer_brings_them_down(
+    output: float, found: str
+) -> None:
     record = record_of(
-        loss=falling(130, start=2.0, end=1.5), data_std=[1e5] * 130, data_abs_max=[1e6] * 130, meta=meta
-    )
+        loss=falling(130), data_std=[1e5] * 130, data_abs_max=[1e6] * 130,
+        rows={"act_abs_max": {"l0": [output] * 3, "l1": [1.0] * 3}}, every=50, meta=layers(2),
+    )  # fmt: skip
     assert only(data_scale(record)).severity == found
+
+
+@pytest.mark.parametrize(("low", "found"), [(2.0, "warning"), (500.0, "info")])
+def test_batches_of_two_units_are_a_warning_if_the_loss_jumps_with_them(low: float, found: str) -> None:
+    falls = falling(200, start=1.0, end=0.01)
+    losses = [fall * (low**2 if step % 4 else 1e6) for step, fall in enumerate(falls)]
+    targets = [low if step % 4 else 1e3 for step in range(200)]
+    (finding,) = [f for f in data_scale(record_of(loss=losses, target_abs_max=targets)) if f.step < 5]
+    assert finding.severity == found

@@ -201,3 +201,16 @@ def test_outputs_that_are_ten_thousand_times_the_inputs_are_a_warning_in_any_run
     outputs = {"l0": 3.0, "l1": 300.0, "l2": 3000.0, "l3": 6e4}
     record = record_of(**at_start("act_abs_max", outputs) | {"loss": falling(60)})
     assert only(exploding(record)).severity == "warning"
+
+
+def test_a_first_loss_far_above_the_targets_makes_outputs_of_a_hundred_times_a_warning() -> None:
+    outputs = {"l0": 3.0, "l1": 30.0, "l2": 100.0, "l3": 900.0}
+    for first, found in ((1e8, 1), (10.0, 0)):
+        losses = [first * 0.9**step for step in range(60)]
+        options = at_start("act_abs_max", outputs, target_abs_max=[2.0] * 60) | {"loss": losses}
+        assert len(exploding(record_of(**options))) == found
+
+
+def test_gradients_that_were_large_at_first_and_came_down_did_not_grow() -> None:
+    norms = [300.0, 50.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, math.nan]
+    assert exploding(record_of(loss=[*falling(8), math.nan], grad_finite_norm=norms)) == []

@@ -191,3 +191,24 @@ def test_a_first_update_that_replaces_the_weights_is_a_warning_if_the_loss_hardl
         scalars = {"loss": falling(130, start=2.0, end=end), "weight_norm": [1.0] * 130}
         scalars["update_norm"] = [0.5, *[0.01] * 129]
         assert len(update_ratio_high(record_of(rows=rows, every=10, meta=ONE, **scalars))) == found
+
+
+def test_large_updates_before_the_loss_was_at_its_best_did_no_harm() -> None:
+    losses = [*falling(60, start=2.0, end=0.01), *[math.nan] * 5]
+    record = record_of(loss=losses, update_norm=[0.5] * 5 + [1e-3] * 60, weight_norm=[1.0] * 65)
+    assert update_ratio_high(record) == []
+
+
+def test_an_update_larger_than_the_weights_is_a_warning_in_a_run_that_is_slow() -> None:
+    updates = [1e-3] * 50 + [3.0] + [1e-3] * 79
+    for end, found in ((1.6, 1), (0.2, 0)):
+        losses = falling(130, start=2.0, end=end)
+        record = record_of(loss=losses, update_norm=updates, weight_norm=[1.0] * 130)
+        assert len(update_ratio_high(record)) == found
+
+
+@pytest.mark.parametrize(("eps", "found"), [(1.0, 1), (1e-8, 0)])
+def test_an_eps_far_above_the_first_gradients_is_why_updates_are_small(eps: float, found: int) -> None:
+    meta = {**ONE, "optimizer": {"type": "Adam", "eps": eps}}
+    record = record_of(loss=falling(120), grad_clipped_norm=[0.01] * 120, rows=small(1e-5), meta=meta)
+    assert len([finding for finding in update_ratio_low(record) if "eps" in finding.evidence]) == found

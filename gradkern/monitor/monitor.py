@@ -24,7 +24,7 @@ from gradkern.monitor.exponents import histogram
 from gradkern.monitor.hooks import Observer
 from gradkern.monitor.host import Parcel, is_plain
 from gradkern.monitor.ledger import GRAD_COUNTS, GRAD_ROWS, UPDATE_ROWS, WEIGHT_ROWS, Ledger, Step
-from gradkern.monitor.meta import describe, tensors_in
+from gradkern.monitor.meta import describe, parameters_of, tensors_in
 from gradkern.monitor.probe import probe_time
 from gradkern.monitor.reading import Reader
 from gradkern.monitor.replay import Replay
@@ -155,7 +155,10 @@ class Monitor:
         self._writer = None if path is None else Writer(path, max_bytes=max_bytes)
         self._ledger = Ledger(self._record, self._writer, weights_every)
         self._reader = Reader(self._ledger)
-        self._next = 0 if self._writer is None else _last_step(path) + 1
+        self._next = 0
+        if self._writer is not None:
+            shapes = {entry["name"]: entry["shape"] for entry in parameters_of(self._model)}
+            self._next = self._writer.go_on(shapes)
         self._first = self._next
         self._weights: list[tuple[int, str, Tensor]] = []
         self._seen_names: tuple[Any, ...] | None = None
@@ -811,16 +814,3 @@ def _is_dense(tensor: Tensor) -> bool:
     """Whether a tensor is one block of memory, in whatever order of dimensions."""
     order = sorted(range(tensor.dim()), key=tensor.stride, reverse=True)
     return tensor.permute(order).is_contiguous()
-
-
-def _last_step(path: str | os.PathLike[str] | None) -> int:
-    """The last step of a record that is there already, -1 for none: a resumed run goes on behind it."""
-    from gradkern.record import Run
-
-    assert path is not None
-    try:
-        run = Run.open(path)
-    except Exception:  # new, or the writer has not made it yet
-        return -1
-    steps = run.steps
-    return int(steps[-1]) if len(steps) else -1

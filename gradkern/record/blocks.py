@@ -63,7 +63,10 @@ def decode(code: int, data: bytes, shape: tuple[int, ...], dtype: npt.DTypeLike)
         values[np.frombuffer(data, "<u4", count)] = np.frombuffer(data, kind, count, 4 * count)
         return values.reshape(shape)
     if code == PACKED:
-        planes = np.frombuffer(zlib.decompress(data), np.uint8).reshape(kind.itemsize, size)
+        try:
+            planes = np.frombuffer(zlib.decompress(data), np.uint8).reshape(kind.itemsize, size)
+        except zlib.error as error:
+            raise ValueError(str(error)) from error
         unpacked: npt.NDArray[Any] = np.ascontiguousarray(planes.T).view(kind).reshape(shape)
         return unpacked
     raise ValueError(f"unknown code {code}")

@@ -60,6 +60,13 @@ class RecordError(RuntimeError):
     """A file is not a record that this gradkern can read, or no longer one. The message says which."""
 
 
+def as_path(path: str | os.PathLike[str], function: str) -> Path:
+    """`path` as a Path. TypeError if it is neither text nor a path."""
+    if not isinstance(path, (str, os.PathLike)):
+        raise TypeError(f"{function}: path must be text or a path, got {type(path).__name__}.")
+    return Path(path)
+
+
 def connect(path: Path, *, write: bool, locks: bool = True) -> sqlite3.Connection:
     """A connection in autocommit mode. Without `locks` nothing keeps a reader from looking in mid-write."""
     options = f"mode={'rwc' if write else 'ro'}{'' if locks else '&nolock=1'}"
@@ -156,6 +163,10 @@ def damage(path: Path, function: str) -> Iterator[None]:
     """Turn what SQLite, zlib and numpy say about bytes that make no sense into a RecordError."""
     try:
         yield
+    except sqlite3.ProgrammingError as error:
+        if "closed" not in str(error):
+            raise
+        raise RecordError(f"{function}: {path} has been closed. Open it again with Run.open.") from error
     except sqlite3.OperationalError as error:
         if "no such table" in str(error) or "malformed" in str(error):
             raise RecordError(_damaged(path, function, error)) from error
@@ -168,21 +179,28 @@ def damage(path: Path, function: str) -> Iterator[None]:
 
 
 def _damaged(path: Path, function: str, error: Exception) -> str:
+    # A handle that this process closes takes the locks of SQLite with it: none before SQLite has given up.
+    if "not a database" in str(error) and not _begins_as_sqlite(path):
+        return f"{function}: {path} is not an SQLite file, so not a record of gradkern. Check the path."
     return (
         f"{function}: {path} is damaged: {error}. What is left of it may be saved by "
         f"`sqlite3 {path} .recover | sqlite3 saved.gk`."
     )
 
 
+def _begins_as_sqlite(path: Path) -> bool:
+    with open(path, "rb") as file:
+        return file.read(16) == b"SQLite format 3\0"
+
+
 def open_for_reading(path: Path, function: str) -> sqlite3.Connection:
     """A connection that only reads. FileNotFoundError, or RecordError for a file that is no record."""
+    if path.is_dir():
+        raise IsADirectoryError(f"{function}: {path} is a directory. Name a file, for instance in it.")
     if not path.is_file():
         raise FileNotFoundError(f"{function}: there is no file {path}.")
-    with open(path, "rb") as file:
-        header = file.read(16)
-    if header != b"SQLite format 3\0":
-        what = "is empty" if not header else "is not an SQLite file"
-        raise RecordError(f"{function}: {path} {what}, so not a record of gradkern. Check the path.")
+    if not path.stat().st_size:
+        raise RecordError(f"{function}: {path} is empty, so not a record of gradkern. Check the path.")
     connection = _reader(path)
     try:
         check(connection, path, function)
@@ -219,6 +237,14 @@ def _reads(connection: sqlite3.Connection) -> bool:
         # Damage is not cured by another way of opening.
         return not isinstance(error, sqlite3.OperationalError)
     return True
+
+
+def number_of_log(path: Path) -> int | None:
+    """Which file is the write-ahead log of the database at `path`; None if there is none."""
+    try:
+        return path.with_name(path.name + "-wal").stat().st_ino
+    except OSError:
+        return None
 
 
 def _changed_since(path: Path, seconds: float) -> bool:

@@ -21,6 +21,7 @@ from gradkern.record.schema import (
     check_names,
     copied,
     join,
+    resumed,
     union,
 )
 
@@ -234,7 +235,7 @@ class MemoryRecord:
         for series in everything:
             series.cut(step)
         self._events = [event for event in self._events if event["step"] < step]
-        self.put_event(step, "resumed", {"from": step, "until": until})
+        self.put_event(step, "resumed", resumed(step, until))
 
     @property
     def steps(self) -> Steps:

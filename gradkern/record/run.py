@@ -35,10 +35,10 @@ class Run:
         """Open the record at `path`, also while a run writes to it. Nothing in it is changed.
 
         Raises:
-            FileNotFoundError: there is no such file.
+            FileNotFoundError, IsADirectoryError: there is no such file.
             RecordError: the file is not a record, is damaged, or was written by a newer gradkern.
         """
-        where = Path(path)
+        where = file.as_path(path, "Run.open")
         return cls(where, file.open_for_reading(where, "Run.open"))
 
     def close(self) -> None:

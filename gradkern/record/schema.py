@@ -89,7 +89,8 @@ EVENTS: Final[Mapping[str, str]] = {
     "skip": "the optimizer was kept from moving",
     "amp_backoff": "a GradScaler found Inf or NaN, skipped the step and lowered its scale",
     "first_nonfinite": "where: data, forward, loss, backward or optimizer; name: of the tensor",
-    "resumed": "from: the step the run went on from; until: the last step that was recorded before",
+    "resumed": "from: the first step of the new part; until: the last step of the old part that it replaces, "
+    "not there where it replaces nothing",
     "dropped": "count: records that could not be written; reason",
     "thinned": "kind, stride: from now on one row in `stride` steps is kept, to stay within `max_bytes`",
 }
@@ -181,6 +182,11 @@ class Recorder(Protocol):
         Called again with other names, the columns that are no longer written stay, behind the new ones.
         """
         ...
+
+
+def resumed(first: int, last: int) -> dict[str, int]:
+    """The detail of the event of a run that goes on at `first`, where `last` was the last step so far."""
+    return {"from": first, "until": last} if first <= last else {"from": first}
 
 
 def union(series: Iterable[Steps]) -> Steps:

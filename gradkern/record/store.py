@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import sqlite3
 import time
 from collections import deque
@@ -17,7 +16,8 @@ import numpy as np
 import numpy.typing as npt
 
 from gradkern.record import blocks, file, retention
-from gradkern.record.schema import EXPONENT_COLUMNS, EXPONENTS, Steps
+from gradkern.record.owner import Owner
+from gradkern.record.schema import EXPONENT_COLUMNS, EXPONENTS, Steps, resumed
 
 SCALARS: Final = "scalars"
 
@@ -98,9 +98,17 @@ class _Series:
         self.rows = 0
         self.bytes = 0
         self.tail: _Tail | None = None
-        layouts = [self.layout, *(chunk.layout for chunk in self.waiting), *(entry[2] for entry in self.ring)]
-        for layout in layouts:
-            layout.number = None
+        self.forget_layouts(set())
+
+    def forget_layouts(self, left: set[int]) -> None:
+        """Forget the numbers of layouts that are not `left` in the file."""
+        for layout in (
+            self.layout,
+            *(chunk.layout for chunk in self.waiting),
+            *(entry[2] for entry in self.ring),
+        ):
+            if layout.number not in left:
+                layout.number = None
 
     def put(self, step: int, row: npt.NDArray[Any], incident: int | None) -> None:
         """Take a row in: to be written if it is the first of its bucket, or under an incident."""
@@ -158,6 +166,10 @@ class Store:
     Args:
         path: of the file, which may be there already: then it goes on.
         max_bytes: of the file and its journal.
+
+    Attributes:
+        last_step: the last one that was in the file when it was opened, -1 for none.
+        parameters: shapes by name, of the model that the file is of; empty if it does not say.
     """
 
     def __init__(self, path: Path, max_bytes: int) -> None:
@@ -166,15 +178,18 @@ class Store:
         self.journal = ""
         self._connection: sqlite3.Connection | None = None
         self._known = False
-        self._claim = os.urandom(8).hex()
+        self._owner = Owner.new()
         self._claimed = False
+        self._log: int | None = None  # the number of the file that is the write-ahead log
         self._series: dict[str, _Series] = {}
         self._scalars: dict[int, dict[str, float]] = {}
         self._last: dict[str, int] = {}  # of each scalar
         self._meta: dict[str, Any] = {}
         self._events: list[tuple[int, str, str]] = []
         self._cut: int | None = None
-        self._until = -1  # the last step that was there when the file was opened; -1 once that is settled
+        self._until = -1  # `last_step`; -1 once it is settled what becomes of it
+        self.last_step = -1
+        self.parameters: dict[str, list[int]] = {}
         self._incidents: list[int] = []
         self._new_incidents: list[tuple[int, int]] = []
         self._next_incident = 1
@@ -191,6 +206,16 @@ class Store:
         if self.path.exists() and self.path.stat().st_size:
             file.open_for_reading(self.path, "Writer").close()
         self.journal = file.journal_for(self.path)
+        self._connect()
+        with file.damage(self.path, "Writer"):
+            self._load()
+            found = self._execute("SELECT value FROM meta WHERE key = 'parameters'").fetchone()
+            for entry in json.loads(found[0]) if found else ():
+                self.parameters[str(entry["name"])] = list(entry["shape"])
+        self._until = self.last_step = max((s.last for s in self._series.values()), default=-1)
+
+    def _connect(self) -> None:
+        """Connect to the file and claim it."""
         connection = file.connect(self.path, write=True, locks=self.journal != "unlocked")
         try:
             connection.execute("PRAGMA cache_size = -4096")
@@ -203,6 +228,7 @@ class Store:
                 if not connection.execute("SELECT 1 FROM sqlite_master").fetchone():
                     for statement in file.TABLES.split(";"):
                         connection.execute(statement)
+                self._claim_file(connection)
             if self.journal == "wal":
                 # So that a copy of the file without its log is a record, of whatever age.
                 connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
@@ -211,20 +237,21 @@ class Store:
             connection.execute(f"PRAGMA journal_size_limit = {self._journal_room // 2}")
             connection.execute(f"PRAGMA wal_autocheckpoint = {min(1000, self._journal_room // 4 // page)}")
             self._page = page
-            self._connection = connection
-            self._load()
         except BaseException:
             connection.close()
             raise
-        self._until = max((s.last for s in self._series.values()), default=-1)
+        self._connection, self._claimed = connection, True
+        self._log = file.number_of_log(self.path)
 
     def close(self) -> None:
         """Close the file, and leave it without anything beside it if nobody reads it just now."""
         if self._connection is not None:
             with contextlib.suppress(sqlite3.Error):
+                self._execute("DELETE FROM meta WHERE key = '.writer' AND value = ?", self._owner.text)
                 self._connection.execute("PRAGMA journal_mode = DELETE")
             self._connection.close()
             self._connection = None
+        self._owner.release()
 
     # What comes in.
 
@@ -298,7 +325,7 @@ class Store:
         self._flight = None
         self.latest_step = step
         self._cut = step if self._cut is None else min(self._cut, step)
-        self.take_event(step, "resumed", {"from": step, "until": until})
+        self.take_event(step, "resumed", resumed(step, until))
 
     # What goes out.
 
@@ -325,13 +352,14 @@ class Store:
 
     def write(self) -> None:
         """Thin what has become too much, and write what waits. See the class."""
+        known, self._known = self._known, False
+        self._keep_log()
         connection = self._connection
         assert connection is not None
-        known, self._known = self._known, False
         self._bound_log(connection)
         self._make_room(connection, known)
         with _transaction(connection):
-            self._claim_file()
+            self._claim_file(connection)
             if self._scalars:
                 self._line_up_scalars()
             for series in self._series.values():
@@ -361,7 +389,7 @@ class Store:
             with _transaction(connection):
                 if not known:
                     self._load()
-                self._claim_file()
+                self._claim_file(connection)
                 if self._cut is not None:
                     self._cut_file(self._cut)
                 self._relieve()
@@ -370,7 +398,6 @@ class Store:
             for series, until, bucket in passes:
                 series.thin_until, series.thin_bucket = until, bucket
             raise
-        self._claimed = True
         self._cut = None
 
     def _execute(self, statement: str, *values: Any) -> sqlite3.Cursor:
@@ -403,16 +430,37 @@ class Store:
         self._incidents = [n for (n,) in self._execute("SELECT id FROM incidents ORDER BY id").fetchall()]
         self._next_incident = max([self._next_incident - 1, *self._incidents]) + 1
 
-    def _claim_file(self) -> None:
-        """Of two writers of one file the one that came last goes on."""
-        (holder,) = self._execute("SELECT max(value) FROM meta WHERE key = '.writer'").fetchone()
-        if holder == self._claim:
+    def _claim_file(self, connection: sqlite3.Connection) -> None:
+        """Write our name into the file. RecordError if another writer's is there that may write to it."""
+        (text,) = connection.execute("SELECT max(value) FROM meta WHERE key = '.writer'").fetchone()
+        if text == self._owner.text:
             return
+        other = Owner.parse(text)
         if self._claimed:
             raise file.RecordError(
-                f"Writer: another writer has taken over {self.path}, this one stops. Give each run its own."
+                f"Writer: {self.path} has been taken over by {other or 'an older gradkern'}. Nothing more is "
+                f"recorded here. Give each run a path of its own."
             )
-        self._execute("REPLACE INTO meta VALUES ('.writer', ?)", self._claim)
+        if other is not None and other.is_alive:
+            raise file.RecordError(
+                f"Writer: {self.path} is being written by {other}. Give this run a path of its own (under "
+                f"torch.distributed: each rank), or close what writes there first."
+            )
+        connection.execute("REPLACE INTO meta VALUES ('.writer', ?)", (self._owner.text,))
+
+    def _keep_log(self) -> None:
+        """Connect anew if the write-ahead log is no longer where others look for it.
+
+        A process that closes any other handle of the file loses SQLite's locks on it. The next reader to
+        leave then takes itself for the last one, and removes the log.
+        """
+        if self._connection is not None and self._log != file.number_of_log(self.path):
+            # What only the removed log has goes into the file.
+            self._execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
+            self._connection.close()
+            self._connection = None
+        if self._connection is None:
+            self._connect()
 
     def _bound_log(self, connection: sqlite3.Connection) -> None:
         """A reader that never ends keeps the write-ahead log from being used again."""
@@ -538,8 +586,9 @@ class Store:
 
     def _read(self, series: _Series, row: tuple[Any, ...]) -> tuple[Steps, npt.NDArray[Any]]:
         first, last, count, code, at, data, columns = row
-        values = blocks.decode(code, data, (count, columns, *series.inner), series.dtype)
-        return blocks.decode_steps(at, first, last, count), values
+        with file.damage(self.path, "Writer"):
+            values = blocks.decode(code, data, (count, columns, *series.inner), series.dtype)
+            return blocks.decode_steps(at, first, last, count), values
 
     def _cut_file(self, step: int) -> None:
         """Take `step` and what comes after it out of the file, but not what came in since."""
@@ -566,6 +615,11 @@ class Store:
                 series.number,
             ).fetchone()
             series.rows, series.bytes = int(rows), int(size)
+        # Names under which there is no row any more are none of this run's.
+        self._execute("DELETE FROM layouts WHERE id NOT IN (SELECT layout FROM blocks)")
+        left = {number for (number,) in self._execute("SELECT id FROM layouts").fetchall()}
+        for series in self._series.values():
+            series.forget_layouts(left)
         self._execute("DELETE FROM events WHERE step >= ?", step)
         for (number,) in self._execute("SELECT id FROM incidents WHERE step >= ?", step).fetchall():
             self._drop_incident(number)

@@ -11,12 +11,13 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from types import TracebackType
 from typing import Any, Final
 
 import numpy.typing as npt
 
+from gradkern.record import file
+from gradkern.record.file import RecordError
 from gradkern.record.schema import EXPONENTS, as_histograms, as_row, as_table, check_names, copied
 from gradkern.record.store import Store
 
@@ -58,14 +59,18 @@ class Writer:
     the largest kind is thinned further, or an early incident is given up; scalars are thinned at last.
 
     A file that is there already goes on. If the first step comes before its last, what the file holds from
-    that step on is replaced. Give each run its own path.
+    that step on is replaced. Give each run, and under `torch.distributed` each rank, a path of its own: while
+    a process of this machine writes to a file, it is refused to others. If one on another machine takes it
+    over all the same, the first one stops and says so. In the process that writes, open the file with `Run`
+    only: any other handle, once closed, takes the locks of SQLite with it.
 
     Args:
         path: of the file. Its directory is made if it is not there.
         max_bytes: of the file with its journal, at least 1 MiB.
 
     Raises:
-        RecordError: there is a file at `path` that is no record, is damaged, or is from a newer gradkern.
+        RecordError: there is a file at `path` that is no record, is damaged, is from a newer gradkern, or is
+            being written.
         OSError: there can be no file at `path`.
         ValueError: `max_bytes` is too small.
 
@@ -84,7 +89,7 @@ class Writer:
     def __init__(self, path: str | os.PathLike[str], *, max_bytes: int = 1_000_000_000) -> None:
         if max_bytes < LEAST_MAX_BYTES:
             raise ValueError(f"Writer: max_bytes must be at least {LEAST_MAX_BYTES}, got {max_bytes}.")
-        self.path = Path(path)
+        self.path = file.as_path(path, "Writer")
         self._store = Store(self.path, max_bytes)
         # One batch must fit into what is left of the file when thinning begins.
         self._batch_bytes = min(BATCH_BYTES, max_bytes // 32)
@@ -110,6 +115,43 @@ class Writer:
         if self._open_error is not None:
             raise self._open_error
         atexit.register(self.close)
+
+    def go_on(self, parameters: Mapping[str, Sequence[int]], step: int | None = None) -> int:
+        """The first step of the run: `step`, else the one behind the last in the file, 0 in a new one.
+
+        What the file holds from that step on is replaced as soon as the step comes. Waits for a file system
+        that is slow, ten seconds at most.
+
+        Args:
+            parameters: shapes by name, of the model whose run it is.
+
+        Raises:
+            RecordError: before that step the file holds the run of another model: more than half of its
+                parameters are not there any more, or have other shapes. The writer is closed.
+            OSError: the file could not be opened in time, or not at all. The writer is closed.
+        """
+        try:
+            if not self._opened.wait(LOCKED_SECONDS):
+                raise TimeoutError(
+                    f"Writer: the file system of {self.path} has not answered for {LOCKED_SECONDS:.0f} "
+                    f"seconds. Choose a path on another one."
+                )
+            if self._open_error is not None:
+                raise self._open_error
+            first = self._store.last_step + 1 if step is None else step
+            before = self._store.parameters
+            gone = [name for name, shape in before.items() if list(parameters.get(name, ())) != shape]
+            if first > 0 and self._store.last_step >= 0 and len(gone) > len(before) / 2:
+                raise RecordError(
+                    f"Writer: {self.path} is the record of another model, up to step "
+                    f"{self._store.last_step}: {len(gone)} of its {len(before)} parameters are not in this "
+                    f"one or have other shapes, {gone[0]!r} {before[gone[0]]} for one. Give this run a path "
+                    f"of its own, or remove the file."
+                )
+            return first
+        except BaseException:
+            self.close()
+            raise
 
     def put_scalars(self, step: int, values: Mapping[str, float]) -> None:
         """See `Recorder.put_scalars`."""
@@ -222,7 +264,7 @@ class Writer:
 
     def _drop(self, count: int, reason: str) -> None:
         if count and not self._dropped:
-            log.warning("gradkern: records of %s are lost: %s.", self.path, reason)
+            log.warning("gradkern: records of %s are lost: %s.", self.path, reason.rstrip("."))
         self._dropped += count
         self._reason = reason
 
@@ -230,14 +272,11 @@ class Writer:
 
     def _run(self) -> None:
         try:
-            self._store.open()
+            self._open()
         except Exception as error:
             self._open_error = error
-            if isinstance(error, sqlite3.Error):
-                self._open_error = OSError(
-                    f"Writer: {self.path} cannot be opened: {error}. Choose another path."
-                )
-            self._stop(self._open_error)
+            self._stop(error)
+            self._store.close()
             self._opened.set()
             return
         self._opened.set()
@@ -264,6 +303,20 @@ class Writer:
             self._busy_since = None
             with contextlib.suppress(sqlite3.Error):
                 self._store.close()
+
+    def _open(self) -> None:
+        end = time.monotonic() + LOCKED_SECONDS
+        while True:
+            try:
+                self._store.open()
+                return
+            except sqlite3.Error as error:
+                if "locked" not in str(error) or time.monotonic() > end:
+                    raise OSError(
+                        f"Writer: {self.path} cannot be opened: {error}. Choose another path, or try again "
+                        f"if another process was just reading it."
+                    ) from error
+                time.sleep(file.LOCK_SECONDS / 10)
 
     def _take_table(self, kinds: Sequence[str], step: int, table: npt.NDArray[Any]) -> None:
         for kind, row in zip(kinds, table, strict=True):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import gradkern
-from gradkern.record import RecordError, Run, Writer, file
+from gradkern.record import RecordError, Run, Writer, blocks, file
 
 
 @pytest.fixture
@@ -118,6 +118,36 @@ def test_a_block_that_makes_no_sense_is_called_damaged(path: Path, damage: str) 
     change(path, f"UPDATE blocks SET {damage}")
     with Run.open(path) as run, pytest.raises(RecordError, match="is damaged"):
         run.rows("grad_norm")
+
+
+def test_a_packed_block_that_makes_no_sense_is_called_damaged(path: Path) -> None:
+    change(path, f"UPDATE blocks SET code = {blocks.PACKED}")
+    with Run.open(path) as run, pytest.raises(RecordError, match="is damaged"):
+        run.scalar("loss")
+
+
+def test_a_damaged_block_does_not_keep_a_run_from_going_on(path: Path) -> None:
+    change(path, f"UPDATE blocks SET code = {blocks.PACKED}")
+    with Writer(path) as writer:
+        assert writer.go_on({}) == 100
+
+
+def test_a_run_that_was_closed_is_not_called_damaged(path: Path) -> None:
+    with Run.open(path) as run:
+        pass
+    with pytest.raises(RecordError, match=r"Run: .*run\.gk has been closed\. Open it again with Run\.open\."):
+        run.scalar("loss")
+
+
+@pytest.mark.parametrize("nothing", [None, 3])
+def test_what_is_no_path_is_refused(nothing: object) -> None:
+    with pytest.raises(TypeError, match=r"Run.open: path must be text or a path, got (NoneType|int)\."):
+        Run.open(nothing)  # type: ignore[arg-type]
+
+
+def test_a_directory_is_called_one(tmp_path: Path) -> None:
+    with pytest.raises(IsADirectoryError, match=r"Run.open: .* is a directory"):
+        Run.open(tmp_path)
 
 
 def test_damage_elsewhere_leaves_the_rest_readable(path: Path) -> None:

@@ -267,7 +267,7 @@ def test_going_on_is_an_event(path: Path) -> None:
         with Writer(path) as recorder:
             put(recorder, range(begin, begin + 10))
     with Run.open(path) as run:
-        assert run.events == [{"step": 10, "kind": "resumed", "detail": {"from": 10, "until": 9}}]
+        assert run.events == [{"step": 10, "kind": "resumed", "detail": {"from": 10}}]
 
 
 @pytest.mark.parametrize("begin", [0, 1, 57, 99])
@@ -330,19 +330,226 @@ def test_thinning_that_was_interrupted_is_taken_up_again(path: Path, monkeypatch
     assert row_steps(path) == list(range(0, 2008, 8))
 
 
-def test_of_two_writers_of_a_file_the_one_that_came_last_goes_on(
-    path: Path, caplog: pytest.LogCaptureFixture
+def test_other_names_for_a_record_from_its_start_leave_no_columns_of_the_old(path: Path) -> None:
+    with Writer(path) as recorder:
+        put(recorder, range(10))
+    with Writer(path) as recorder:
+        recorder.set_names("grad_norm", ["other"])
+        recorder.put_rows("grad_norm", 0, [1])
+    with Run.open(path) as run:
+        assert run.names("grad_norm") == ["other"]
+
+
+SHAPES = {"weight": [3, 2], "bias": [3]}
+META = {"parameters": [{"name": name, "shape": shape} for name, shape in SHAPES.items()]}
+
+
+def test_a_new_record_begins_at_0(path: Path) -> None:
+    with Writer(path) as recorder:
+        assert recorder.go_on(SHAPES) == 0
+
+
+def begin(path: Path, steps: int) -> None:
+    with Writer(path) as recorder:
+        recorder.set_meta(META)
+        put(recorder, range(steps))
+
+
+def test_a_run_goes_on_behind_the_last_step(path: Path) -> None:
+    begin(path, 10)
+    with Writer(path) as recorder:
+        assert recorder.go_on(SHAPES) == 10
+
+
+def test_a_run_goes_on_at_the_step_it_says(path: Path) -> None:
+    begin(path, 10)
+    with Writer(path) as recorder:
+        assert recorder.go_on(SHAPES, 6) == 6
+
+
+def test_a_record_of_very_many_steps_is_not_read_to_go_on(
+    path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    begin(path, 10)
+    monkeypatch.setattr(store.blocks, "decode", None)
+    with Writer(path) as recorder:
+        assert recorder.go_on(SHAPES) == 10
+
+
+@pytest.mark.parametrize("shapes", [{"0.weight": [3, 2], "0.bias": [3]}, {"weight": [9, 2], "bias": [9]}])
+def test_another_model_is_refused(path: Path, shapes: dict[str, list[int]]) -> None:
+    begin(path, 10)
+    recorder = Writer(path)
+    with pytest.raises(
+        RecordError,
+        match=r"the record of another model, up to step 9: 2 of its 2 parameters are not in this one or have "
+        r"other shapes, 'weight' \[3, 2\] for one. Give this run a path of its own",
+    ):
+        recorder.go_on(shapes)
+    assert not recorder._thread.is_alive()
+    assert row_steps(path) == list(range(10))
+
+
+def test_a_model_that_has_grown_is_not_another_one(path: Path) -> None:
+    begin(path, 10)
+    with Writer(path) as recorder:
+        assert recorder.go_on({**SHAPES, "head": [7]}) == 10
+
+
+def test_another_model_may_replace_the_whole_record(path: Path) -> None:
+    begin(path, 10)
+    with Writer(path) as recorder:
+        assert recorder.go_on({"other": [1]}, 0) == 0
+
+
+def test_a_file_system_that_never_answers_is_an_error(
+    path: Path, impatient: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers = threading.Event()
+    opened = store.Store.open
+    monkeypatch.setattr(store.Store, "open", lambda self: (answers.wait(), opened(self)))
+    recorder = Writer(path)
+    with pytest.raises(TimeoutError, match=r"run\.gk has not answered for 0 seconds"):
+        recorder.go_on(SHAPES)
+    answers.set()
+    recorder._thread.join()
+
+
+def test_a_file_that_is_locked_when_it_is_opened_is_waited_for(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begin(path, 10)
+    opened, tries = store.Store.open, itertools.count()
+
+    def locked_once(self: store.Store) -> None:
+        if not next(tries):
+            raise sqlite3.OperationalError("database is locked")
+        opened(self)
+
+    monkeypatch.setattr(store.Store, "open", locked_once)
+    with Writer(path) as recorder:
+        assert recorder.go_on(SHAPES) == 10
+
+
+def test_a_file_that_stays_locked_is_refused_and_not_taken_for_a_new_one(
+    path: Path, impatient: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begin(path, 10)
+
+    def locked(self: store.Store) -> None:
+        raise sqlite3.OperationalError("database is locked")
+
+    monkeypatch.setattr(store.Store, "open", locked)
+    with pytest.raises(OSError, match=r"run\.gk cannot be opened: database is locked"):
+        Writer(path).go_on(SHAPES)
+    assert row_steps(path) == list(range(10))
+
+
+# Two processes
+
+JOURNALS = pytest.mark.parametrize("system", ["ext4", "nfs4"])
+
+
+@JOURNALS
+def test_while_a_process_writes_another_is_refused(
+    path: Path, system: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(file, "file_system", lambda path: system)
+    with Writer(path) as recorder:
+        put(recorder, range(5))
+        code = "import sys; from gradkern.record import Writer; Writer(sys.argv[1])"
+        second = subprocess.run(
+            [sys.executable, "-c", code, path], capture_output=True, text=True, timeout=120
+        )
+        assert f"run.gk is being written by process {os.getpid()} on " in second.stderr
+        assert "Give this run a path of its own" in second.stderr
+        put(recorder, range(5, 10))
+    assert recorder.dropped == 0
+    assert row_steps(path) == list(range(10))
+
+
+def test_a_second_writer_of_this_process_is_refused(path: Path) -> None:
+    with Writer(path) as recorder:
+        with pytest.raises(RecordError, match=rf"is being written by process {os.getpid()} \(this one\) on"):
+            Writer(path)
+        put(recorder, range(5))
+    assert row_steps(path) == list(range(5))
+
+
+@JOURNALS
+def test_a_process_that_was_killed_holds_nothing(
+    path: Path, system: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code = (
+        "import os, sys; from gradkern.record import Writer; writer = Writer(sys.argv[1]);"
+        "writer.put_scalars(0, {'loss': 0}); writer.flush(); os.kill(os.getpid(), 9)"
+    )
+    subprocess.run([sys.executable, "-c", code, path], timeout=120)
+    monkeypatch.setattr(file, "file_system", lambda path: system)
+    with Writer(path) as recorder:
+        recorder.put_scalars(1, {"loss": 1})
+    with Run.open(path) as run:
+        assert run.scalar("loss")[0].tolist() == [0, 1]
+
+
+def test_a_writer_that_failed_to_open_holds_nothing(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(self: store.Store) -> None:
+        raise OSError("broken")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(store.Store, "_load", broken)
+        with pytest.raises(OSError, match="broken"):
+            Writer(path)
+    with Writer(path) as recorder:
+        put(recorder, range(5))
+    assert row_steps(path) == list(range(5))
+
+
+def test_a_writer_whose_file_another_machine_takes_over_stops_and_says_so(
+    path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(store.Owner, "is_alive", False)
     with Writer(path) as first, Writer(path) as second:
-        put(first, range(5))
-        assert first.flush()
-        put(second, range(5, 8))
+        put(second, range(8))
         assert second.flush()
-        put(first, range(5, 20))
+        put(first, range(20))
         assert not first.flush()
         assert first.dropped > 0
-    assert "another writer has taken over" in caplog.text
+    assert "has been taken over by process" in caplog.text
+    assert caplog.text.count("Give each run a path of its own.\n") == 1
     assert row_steps(path) == list(range(8))
+
+
+READ = "import sqlite3, sys; c = sqlite3.connect(sys.argv[1]); c.execute('SELECT 1 FROM series'); c.close()"
+
+
+def test_a_reader_that_leaves_does_not_take_the_log_with_it(path: Path) -> None:
+    with Writer(path) as recorder:
+        put(recorder, range(5))
+        assert recorder.flush()
+        if recorder._store.journal != "wal":
+            pytest.skip("no write-ahead log on this file system")
+        Run.open(path).close()
+        log = file.number_of_log(path)
+        subprocess.run([sys.executable, "-c", READ, path], check=True, timeout=120)
+        assert file.number_of_log(path) == log
+
+
+def test_a_writer_whose_log_was_removed_loses_nothing(path: Path) -> None:
+    with Writer(path) as recorder:
+        put(recorder, range(5))
+        assert recorder.flush()
+        if recorder._store.journal != "wal":
+            pytest.skip("no write-ahead log on this file system")
+        for begin in (5, 10):
+            path.read_bytes()  # its closing drops the locks of this process
+            log = file.number_of_log(path)
+            subprocess.run([sys.executable, "-c", READ, path], check=True, timeout=120)
+            assert file.number_of_log(path) != log
+            put(recorder, range(begin, begin + 5))
+            assert recorder.flush()
+            assert row_steps(path) == list(range(begin + 5))
+    assert row_steps(path) == list(range(15))
 
 
 # Trouble

@@ -1,24 +1,29 @@
 """Forward activations and output gradients of modules, on the steps on which they are looked at.
 
 Hooks are there for single steps only: they are added before a step that is to be observed and taken away
-after it, so that all other steps run as if there were no monitor. They read detached values and give nothing
-back.
+when the optimizer steps, so that all other steps run as if there were no monitor. They read detached values
+and give nothing back.
 """
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from typing import Any, Final
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
 
 from gradkern import ops
 from gradkern.monitor.host import Floats, Parcel, is_plain
 from gradkern.monitor.meta import ForwardOrder, tensors_in
+from gradkern.monitor.passes import Hook, can_train, is_aside
 
 log = logging.getLogger("gradkern")
 
@@ -27,6 +32,9 @@ GRAD_KINDS: Final = ("out_grad_norm", "out_grad_unit_above_one", "out_grad_unit_
 
 # Functions that are zero on a half line, where nothing passes back.
 _CAN_DIE: Final = (nn.ReLU, nn.ReLU6, nn.Threshold, nn.Hardswish)
+
+# Elements that are widened to float64 at once.
+PART: Final = 1 << 20
 
 # In the flat part a function's slope is below a tenth of its steepest.
 FLAT: Final = 0.1
@@ -68,48 +76,61 @@ _SATURATES: Final[dict[type[nn.Module], Callable[[Tensor], Tensor]]] = {
 class Observer:
     """Looks at what the modules of a model give and get back, for one step at a time.
 
-    Of each module the first call of the step is looked at, and of an output with several tensors the first.
-    Code that runs compiled is not looked at: there the hooks leave nothing in the graph. Under activation
-    checkpointing the forward pass counts once, and gradients come from whichever pass backward runs through.
+    The step begins with the first forward pass that trains: in training mode, with gradients. Evaluations and
+    passes without gradients before it are passed over; the evaluation mode counts only for a model whose last
+    observed step had no other. Of each module the first call of the step is looked at, and of an output with
+    several tensors the first. Code that runs compiled is not looked at: there the hooks leave nothing in the
+    graph. Under activation checkpointing the forward pass counts once, and gradients come from whichever pass
+    backward runs through.
 
     Args:
         model: whose modules, itself left out.
+
+    Attributes:
+        is_on: whether a step is looked at: from `add` to `take`.
     """
 
     def __init__(self, model: nn.Module) -> None:
+        self.is_on = False
         self._model = model
         self._handles: list[Any] = []
         self._parcel = Parcel()
         self._seen: set[str] = set()
+        self._followed: set[str] = set()  # modules whose output gradients come
+        self._dims: dict[int, tuple[weakref.ref[Tensor], int]] = {}  # by output: along which its units are
         self._order: ForwardOrder | None = ForwardOrder()
         self._modules: list[dict[str, Any]] | None = None
         self._amp: dict[str, Any] | None = None
+        self._mode: bool | None = None  # whether the model is training in this step; None: it did not begin
+        self._was_called = self._trains_in_eval = False
         self._failed = False
-
-    @property
-    def is_on(self) -> bool:
-        """Whether hooks are there."""
-        return bool(self._handles)
 
     def add(self) -> None:
         """Add the hooks, for the coming step."""
-        if self._handles or self._failed:
+        if self.is_on or self._failed:
             return
-        self._parcel, self._seen = Parcel(), set()
-        self._handles.append(self._model.register_forward_pre_hook(self._begin))
+        self.is_on = True
+        self._parcel, self._seen, self._followed, self._dims = Parcel(), set(), set(), {}
+        self._mode, self._was_called = None, False
         for path, module in self._model.named_modules():
-            if path and not isinstance(module, torch.jit.ScriptModule):
-                self._handles.append(module.register_forward_pre_hook(self._enter(path), with_kwargs=True))
-                self._handles.append(module.register_forward_hook(self._leave(path)))
+            if not isinstance(module, torch.jit.ScriptModule):
+                enter, leave = Hook(partial(self._enter, path)), Hook(partial(self._leave, path))
+                self._handles.append(module.register_forward_pre_hook(enter, with_kwargs=True))
+                if path:
+                    self._handles.append(module.register_forward_hook(leave))
 
     def remove(self) -> None:
-        """Take the hooks away."""
+        """Take the hooks away: the step's passes are over."""
+        if self._handles:
+            self._trains_in_eval = self._was_called if self._mode is None else not self._mode
         for handle in self._handles:
             handle.remove()
-        self._handles = []
+        self._handles, self._dims = [], {}
 
     def take(self) -> Parcel | None:
-        """What was seen since `add`, None if nothing was. Names are ``kind/module``."""
+        """The step is over: what was seen, None if nothing was. Names are ``kind/module``."""
+        self.remove()
+        self.is_on = False
         if self._order is not None and self._seen:
             self._modules, self._order = self._order.modules(), None
         return self._parcel if self._seen else None
@@ -119,47 +140,40 @@ class Observer:
         found, self._modules = self._modules, None
         return None if found is None else (found, self._amp)
 
-    def _begin(self, module: nn.Module, args: Any) -> None:
-        if torch.compiler.is_compiling():
-            return
-        # An evaluation between two steps is none of ours, and must take the same path as without hooks.
-        if not module.training:
-            self.remove()
-            return
-        device = next((p.device.type for p in module.parameters()), "cpu")
-        if self._amp is None:
-            enabled = torch.is_autocast_enabled(device)
-            dtype = str(torch.get_autocast_dtype(device)).removeprefix("torch.") if enabled else None
-            self._amp = {"enabled": enabled, "dtype": dtype}
+    def _belongs(self, module: nn.Module) -> bool:
+        """Whether a call of a module is part of the step. The first that is begins it."""
+        if not self._handles or is_aside():
+            return False
+        if self._mode is None:
+            if not can_train():
+                return False
+            if not (self._trains_in_eval or (module.training and self._model.training)):
+                self._was_called = True
+                return False
+            self._mode = self._model.training
+            if self._amp is None:
+                device = next((p.device.type for p in self._model.parameters()), "cpu")
+                enabled = torch.is_autocast_enabled(device)
+                dtype = str(torch.get_autocast_dtype(device)).removeprefix("torch.") if enabled else None
+                self._amp = {"enabled": enabled, "dtype": dtype}
+        return self._model.training == self._mode
 
-    def _enter(self, path: str) -> Callable[..., None]:
-        def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
-            if torch.compiler.is_compiling():
-                return
-            order = self._order
-            if order is None or _in_backward() or not self._handles:
-                return
-            try:
-                order.enter(path, module, tensors_in((args, kwargs)))
-            except Exception as error:
-                self._give_up(error)
+    def _enter(self, path: str, module: nn.Module, args: Any, kwargs: Any) -> None:
+        try:
+            if self._belongs(module) and path and self._order is not None and not _in_backward():
+                self._order.enter(path, module, tensors_in((args, kwargs)))
+        except Exception as error:
+            self._give_up(error)
 
-        return enter
+    def _leave(self, path: str, module: nn.Module, args: Any, output: Any) -> None:
+        try:
+            # A call that began before the step did is none of it.
+            if self._mode is not None and self._belongs(module):
+                self._look(path, module, args, output)
+        except Exception as error:
+            self._give_up(error)
 
-    def _leave(self, path: str) -> Callable[..., None]:
-        def leave(module: nn.Module, args: Any, output: Any) -> None:
-            if torch.compiler.is_compiling():
-                return
-            if not self._handles:
-                return
-            try:
-                self._look(path, module, output)
-            except Exception as error:
-                self._give_up(error)
-
-        return leave
-
-    def _look(self, path: str, module: nn.Module, output: Any) -> None:
+    def _look(self, path: str, module: nn.Module, args: Any, output: Any) -> None:
         outputs = tensors_in(output)
         again = _in_backward()
         if self._order is not None and not again:
@@ -169,22 +183,35 @@ class Observer:
         out = outputs[0]
         if not is_plain(out) or not out.is_floating_point():
             return
-        key = f"{'backward' if again else 'forward'}/{path}"
-        if key in self._seen:
-            return
-        self._seen.add(key)
-        if not again:
-            with torch.no_grad():
-                self._measure(path, module, out.detach())
-        if out.requires_grad:
-            dim = unit_dim(module, out)
-            out.register_hook(lambda grad: self._look_back(path, dim, grad))  # type: ignore[no-untyped-call]
+        dim = self._unit_dim(module, args, out)
+        if not again and path not in self._seen:
+            self._seen.add(path)
+            with _alone():
+                self._measure(path, module, out.detach(), dim)
+        if out.requires_grad and path not in self._followed:
+            self._followed.add(path)
+            out.register_hook(partial(self._look_back, path, dim))  # type: ignore[no-untyped-call]
 
-    def _measure(self, path: str, module: nn.Module, out: Tensor) -> None:
+    def _unit_dim(self, module: nn.Module, args: Any, out: Tensor) -> int:
+        """The dimension of the units of an output; an activation function has that of the layer before it."""
+        given = next(
+            (
+                known[1]
+                for tensor in (out, *tensors_in(args, limit=1))
+                if (known := self._dims.get(id(tensor))) is not None
+                and known[0]() is tensor
+                and tensor.shape == out.shape
+            ),
+            None,
+        )
+        dim = unit_dim(module, out, given)
+        self._dims[id(out)] = weakref.ref(out), dim
+        return dim
+
+    def _measure(self, path: str, module: nn.Module, out: Tensor, dim: int) -> None:
         rows, _ = ops.measure([out])
         self._parcel.put(f"act/{path}", rows[0])
         if isinstance(module, _CAN_DIE) and out.dim() > 0 and out.numel():
-            dim = unit_dim(module, out)
             alive = (out != 0).movedim(dim, -1).reshape(-1, out.shape[dim]).any(0)
             self._parcel.put(f"act_dead/{path}", 1 - alive.double().mean())
         flat = _SATURATES.get(type(module))
@@ -195,10 +222,8 @@ class Observer:
 
     def _look_back(self, path: str, dim: int, grad: Tensor) -> None:
         try:
-            if not is_plain(grad):
-                return
-            if grad.numel():
-                with torch.no_grad():
+            if is_plain(grad) and grad.numel() and not is_aside():
+                with _alone():
                     self._parcel.put(f"out/{path}", unit_norms(grad.detach(), dim))
         except Exception as error:
             self._give_up(error)
@@ -216,19 +241,22 @@ class Observer:
 def unit_norms(grad: Tensor, dim: int) -> Tensor:
     """Norms of the units of a gradient, which are along `dim`: ``[units]``, float64 (on MPS float32).
 
-    Squares of such elements could leave the range: those are divided by the largest first.
+    Squares of such elements could leave the range: those are divided by the largest first. Others are widened
+    part by part, for a whole one of half precision would take four times the memory.
     """
     exact = torch.float32 if grad.device.type == "mps" else torch.float64
-    if grad.dim() == 0:
-        grad = grad.reshape(1)
-    scale: Tensor | float = 1.0
+    if grad.dim() < 2:
+        return grad.reshape(-1).to(exact).abs()
+    scale: Tensor | None = None
     if grad.dtype == exact:
         scale = grad.abs().amax().nan_to_num(nan=1.0, posinf=1.0).clamp(min=torch.finfo(exact).tiny)
-        squares = (grad / scale).square_()
-    else:
-        squares = grad.to(exact).square_()
     others = [other for other in range(grad.dim()) if other != dim % grad.dim()]
-    return (squares.sum(others) if others else squares).sqrt() * scale
+    longest = max(others, key=lambda other: grad.shape[other])
+    sums = torch.zeros(grad.shape[dim], dtype=exact, device=grad.device)
+    for part in torch.split(grad, max(PART * grad.shape[longest] // grad.numel(), 1), longest):
+        wide = part.to(exact) if scale is None else part / scale
+        sums += wide.square_().sum(others)
+    return sums.sqrt() if scale is None else sums.sqrt() * scale
 
 
 def unit_numbers(norms: Floats) -> tuple[float, float, float, float]:
@@ -247,11 +275,31 @@ def unit_numbers(norms: Floats) -> tuple[float, float, float, float]:
     return float(np.linalg.norm(sizes)), float((norms > 1).mean()), float(sizes[worst]), index
 
 
-def unit_dim(module: nn.Module, out: Tensor) -> int:
-    """The dimension of an output along which its units are: channels of images, else the last one."""
-    kind = type(module).__name__
-    channels = out.dim() >= 4 or (out.dim() == 3 and kind.startswith(("Conv", "BatchNorm", "InstanceNorm")))
-    return 1 if channels else -1
+def unit_dim(module: nn.Module, out: Tensor, given: int | None = None) -> int:
+    """The dimension of an output along which its units are.
+
+    Layers that mix units know it, others leave it as it is `given` them. Where nobody knows, it is the
+    channels of images, else the last one.
+    """
+    if isinstance(module, nn.modules.conv._ConvNd):
+        return -1 - len(module.kernel_size)
+    if isinstance(module, (nn.modules.batchnorm._NormBase, nn.GroupNorm)):
+        return min(1, out.dim() - 1)
+    if isinstance(module, (nn.Linear, nn.Bilinear, nn.LayerNorm, nn.RMSNorm, nn.Embedding, nn.RNNBase)):
+        return -1
+    if given is not None:
+        return given
+    return 1 if out.dim() >= 4 or (out.dim() == 3 and "Pool" in type(module).__name__) else -1
+
+
+@contextmanager
+def _alone() -> Iterator[None]:
+    """Arithmetic inside is seen by nobody: neither by autograd nor by modes that count operations.
+
+    Selective activation checkpointing is such a mode. It would keep our results among those of the model.
+    """
+    with torch.no_grad(), _disable_current_modes():
+        yield
 
 
 def _in_backward() -> bool:

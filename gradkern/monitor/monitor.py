@@ -85,9 +85,9 @@ class Monitor:
             ranks must be given the same: they exchange findings every 20 steps, and all do the same then.
         clipper: the `gradkern.Clipper` of this model, called by hand or attached. Its statistics are
             taken, so that gradients are not measured twice.
-        keep_batch: keep the batch of the last step, and copies of parameters, buffers and random state from
-            before it, to `replay` it. Takes as much memory as the parameters and buffers on their device, and
-            the time to copy them every step.
+        keep_batch: keep the batch of the last step (itself, no copy of it) and what that step began with, to
+            `replay` it. One copy of parameters and buffers on their device, written over at the first forward
+            pass of every step; a replay takes another one while it is open.
         max_bytes: of the file.
 
     Raises:
@@ -291,7 +291,7 @@ class Monitor:
         they are now. See `gradkern.trace_nonfinite`.
 
         Raises:
-            RuntimeError: `keep_batch` is off, or no step was made yet.
+            RuntimeError: `keep_batch` is off, no step was made yet, or the next one has begun.
         """
         if self._replay is None:
             raise RuntimeError("Monitor.replay: nothing was kept. Make the Monitor with keep_batch=True.")
@@ -497,10 +497,8 @@ class Monitor:
             self._found_inf = None
 
     def _take_activations(self, step: Step) -> None:
-        self._observer.remove()
-        modules = self._observer.take_modules()
         seen = self._observer.take()
-        modules = modules or self._observer.take_modules()
+        modules = self._observer.take_modules()
         if modules is not None:
             self._ledger.set_meta({"modules": modules[0], "amp": modules[1] or {}})
         if seen is not None:
@@ -516,6 +514,8 @@ class Monitor:
 
     def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         # Most steps have nothing to be seen here, and every call counts.
+        if self._observer.is_on and (args[1] if len(args) > 1 else kwargs.get("closure")) is None:
+            self._observer.remove()  # no forward pass comes any more
         measures = not self._handed and self._clipper is None and self._next % self._every == 0
         is_quiet = not (measures or self._is_alert or self._next % self._weights_every == 0)
         if self._off or (is_quiet and getattr(optimizer, "found_inf", None) is None):
@@ -758,12 +758,16 @@ class Monitor:
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
         ]
+        if self._replay is not None:
+            self._replay.watch(optimizer)
 
     def _take_away(self) -> None:
         for handle in self._handles:
             handle.remove()
         self._handles = []
         self._observer.remove()
+        if self._replay is not None:
+            self._replay.remove()
         self._sampler.forget()
         self._own_stats = self._own_weights = None
 

@@ -148,7 +148,8 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         is_backward = torch._C._current_graph_task_id() != -1 and not self._stack
         if not is_backward:
             number = torch._C._autograd._get_sequence_nr() - 1
-            self._forward[number] = (self._stack[-1] if self._stack else "", _source())
+            if number not in self._forward:  # operations that follow without a node of their own are not it
+                self._forward[number] = self._stack[-1] if self._stack else "", _source()
         given = [tensor for tensor in tensors_in((args, kwargs), limit=1 << 20) if _is_checked(tensor)]
         mutates = func._schema.is_mutable
         bad_before = [tensor for tensor in given if not _is_finite(tensor)] if mutates else None

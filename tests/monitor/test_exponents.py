@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from gradkern.monitor import Monitor
 from gradkern.monitor.exponents import FIRST, LAST, histogram
+from gradkern.monitor.updates import SAMPLE
 
 
 def counted(values: Tensor) -> list[int]:
@@ -34,6 +35,14 @@ def test_every_number_of_the_format_is_in_its_column(dtype: torch.dtype) -> None
 
 def test_an_empty_tensor_has_an_empty_histogram() -> None:
     assert histogram(torch.zeros(0, dtype=torch.float16)).sum() == 0
+
+
+def test_of_a_large_tensor_a_sample_is_counted() -> None:
+    values = torch.cat([torch.zeros(1000, 100), torch.ones(1000, 300)], 1).to(torch.bfloat16)
+    counts = histogram(values)
+    assert SAMPLE / 2 < counts.sum() <= SAMPLE
+    assert counts[0] / counts.sum() == pytest.approx(0.25, rel=0.02)
+    assert torch.equal(counts, histogram(values))
 
 
 def test_the_monitor_records_those_of_half_precision_gradients() -> None:

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import copy
+import io
 import math
 import weakref
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
 
+import gradkern
 from gradkern.monitor import Monitor
-from gradkern.monitor.hooks import unit_dim, unit_norms, unit_numbers
+from gradkern.monitor.hooks import PART, unit_dim, unit_norms, unit_numbers
 
 
 def observe(model: nn.Module, x: Tensor, steps: int = 1, **settings: Any) -> Monitor:
@@ -70,15 +78,34 @@ def test_the_units_of_images_are_their_channels() -> None:
     ("module", "shape", "dim"),
     [
         (nn.Conv1d(1, 1, 1), (2, 3, 4), 1),
-        (nn.Linear(1, 1), (2, 3, 4), -1),
+        (nn.Conv2d(1, 1, 1), (3, 4, 5), 0),
+        (nn.BatchNorm1d(3), (2, 3, 4), 1),
+        (nn.MaxPool1d(2), (2, 3, 4), 1),
+        (nn.Linear(1, 1), (2, 3, 4), 2),
+        (nn.Linear(1, 1), (2, 3, 4, 5), 3),
+        (nn.ReLU(), (2, 3, 4), 2),
         (nn.ReLU(), (2, 3, 4, 5), 1),
-        (nn.Linear(1, 1), (7,), -1),
+        (nn.Linear(1, 1), (7,), 0),
     ],
 )
 def test_units_are_channels_of_images_else_the_last_dimension(
     module: nn.Module, shape: tuple[int, ...], dim: int
 ) -> None:
-    assert unit_dim(module, torch.zeros(shape)) == dim
+    assert unit_dim(module, torch.zeros(shape)) % len(shape) == dim
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize(
+    ("layer", "shape"),
+    [(nn.Conv1d(2, 8, 3), (4, 2, 16)), (nn.Conv2d(2, 8, 3), (4, 2, 9, 9)), (nn.Linear(3, 8), (4, 5, 5, 3))],
+)
+def test_dead_units_are_those_of_the_layer_before(
+    layer: nn.Module, shape: tuple[int, ...], inplace: bool
+) -> None:
+    assert isinstance(layer.bias, Tensor)
+    layer.bias.data[:7] = -100
+    model = nn.Sequential(nn.Sequential(layer), nn.Dropout(0.0), nn.ReLU(inplace))
+    assert value(observe(model, torch.randn(shape)), "act_dead", "2") == 0.875
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
@@ -90,6 +117,16 @@ def test_norms_of_units_stay_in_range(size: float, dtype: torch.dtype) -> None:
     units = grad.movedim(1, 0).reshape(5, -1).tolist()
     expected = [math.hypot(*(x / scale for x in unit)) * scale for unit in units]
     assert unit_norms(grad, 1).tolist() == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("dim", [0, 1, 2])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_norms_of_units_of_what_is_read_in_parts(dtype: torch.dtype, dim: int) -> None:
+    grad = torch.randn(130, 129, 128).to(dtype)
+    assert grad.numel() > 2 * PART
+    others = [other for other in range(3) if other != dim]
+    expected = grad.double().square().sum(others).sqrt()
+    torch.testing.assert_close(unit_norms(grad, dim), expected, rtol=1e-12, atol=0)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
@@ -176,6 +213,144 @@ def test_an_evaluation_is_not_observed() -> None:
     steps, rows = monitor.record.rows("act_abs_max")
     assert steps.tolist() == [1]
     assert rows.max() < 1e3
+
+
+@pytest.mark.parametrize("every", [1, 2])
+def test_evaluations_between_steps_hide_nothing(every: int) -> None:
+    model, x = two_layers(), torch.ones(2, 3)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    with Monitor(model, optimizer, activations_every=every) as monitor:
+        for _ in range(4):
+            model.eval()
+            model(1e9 * x)
+            model.train()
+            with torch.no_grad():
+                model(1e9 * x)
+            loss = model(x).sum()
+            loss.backward()
+            optimizer.step()
+            model(1e9 * x)
+            monitor.step(loss)
+    for kind in ("act_abs_max", "out_grad_norm"):
+        steps, rows = monitor.record.rows(kind)
+        assert steps.tolist() == list(range(0, 4, every))
+        assert rows.max() < 1e3
+
+
+def test_a_model_that_trains_in_evaluation_mode_is_observed_from_the_second_time_on() -> None:
+    monitor = observe(two_layers().eval(), torch.ones(2, 3), steps=3)
+    assert monitor.record.rows("out_grad_norm")[0].tolist() == [1, 2]
+
+
+def test_parts_of_a_model_may_be_called_by_themselves() -> None:
+    model = two_layers()
+    with Monitor(model, activations_every=1) as monitor:
+        model[2](model[1](model[0](torch.ones(2, 3)))).sum().backward()
+        monitor.step(1.0)
+    assert monitor.record.names("out_grad_norm") == ["0", "1", "2"]
+
+
+def test_what_runs_aside_is_not_observed() -> None:
+    model, x = two_layers(), torch.ones(2, 3)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    with Monitor(model, optimizer, activations_every=1, keep_batch=True) as monitor:
+        for _ in range(3):
+            loss = model(x).sum()
+            loss.backward()
+            optimizer.step()
+            monitor.step(loss, batch=x)
+            with monitor.replay() as given:
+                gradkern.trace_nonfinite(lambda: model(1e9 * given).sum(), model)
+                model(1e9 * given).sum().backward()
+            optimizer.zero_grad()
+    for kind in ("act_abs_max", "out_grad_norm"):
+        assert monitor.record.rows(kind)[1].max() < 1e3
+
+
+def test_a_model_can_be_saved_and_copied_at_any_time() -> None:
+    model = two_layers()
+    with Monitor(model, activations_every=1) as monitor:
+        for _ in range(2):
+            copy.deepcopy(model)(torch.full((2, 3), 1e9)).sum().backward()
+            torch.save(model, io.BytesIO())
+            loss = model(torch.ones(2, 3)).sum()
+            torch.save(model, io.BytesIO())
+            loss.backward()
+            copy.deepcopy(model)(torch.full((2, 3), 1e9))
+            monitor.step(loss.detach())
+    assert monitor.record.rows("act_abs_max")[1].max() < 1e3
+
+
+def test_hooks_are_gone_when_the_optimizer_has_stepped() -> None:
+    model = two_layers()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    with Monitor(model, optimizer, activations_every=1) as monitor:
+        for _ in range(2):
+            loss = model(torch.ones(2, 3)).sum()
+            loss.backward()
+            optimizer.step()
+            assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+            monitor.step(loss)
+    assert monitor.record.rows("out_grad_norm")[0].tolist() == [0, 1]
+
+
+def test_passes_inside_the_optimizers_step_are_observed() -> None:
+    model, x = two_layers(), torch.ones(2, 3)
+    optimizer = torch.optim.LBFGS(model.parameters(), max_iter=2)
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = model(x).square().sum()
+        loss.backward()
+        return loss.detach()
+
+    with Monitor(model, optimizer, activations_every=1) as monitor:
+        monitor.step(optimizer.step(closure))  # type: ignore[arg-type]
+    assert monitor.record.rows("out_grad_norm")[0].tolist() == [0]
+
+
+SAVED: list[Any] = [None, torch.ops.aten.ne.Scalar, torch.ops.aten.addmm.default]
+
+
+@pytest.mark.parametrize("op", SAVED, ids=["everything", "ne", "addmm"])
+def test_selective_checkpointing_keeps_nothing_of_the_monitor(op: Any) -> None:
+    def policy(ctx: Any, func: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+        keep = op is None or func is op
+        return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
+
+    class Masked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.relu, self.last = nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 1)
+
+        def inner(self, x: Tensor) -> Tensor:
+            h = self.relu(self.first(x))
+            keep = x.round() != 0
+            mean = (h != 0).double().mean(-1, keepdim=True).float()
+            return self.last(h * mean + keep.float().mean())
+
+        def forward(self, x: Tensor) -> Tensor:
+            contexts = partial(create_selective_checkpoint_contexts, policy)
+            out = checkpoint(self.inner, x, use_reentrant=False, context_fn=contexts)
+            assert isinstance(out, Tensor)
+            return out
+
+    def train(every: int) -> tuple[Tensor, Monitor]:
+        torch.manual_seed(0)
+        model = Masked()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+        with Monitor(model, optimizer, activations_every=every) as monitor:
+            for _ in range(5):
+                optimizer.zero_grad()
+                loss = model(torch.randn(6, 3)).square().mean()
+                loss.backward()
+                optimizer.step()
+                monitor.step(loss)
+        return torch.cat([param.detach().flatten() for param in model.parameters()]), monitor
+
+    watched, monitor = train(1)
+    assert torch.equal(train(0)[0], watched)
+    assert monitor.record.names("out_grad_norm") == ["first", "relu", "last"]
 
 
 @pytest.mark.parametrize("reentrant", [False, True])

@@ -77,6 +77,17 @@ def test_a_backward_inf_is_named_with_the_line_of_its_forward_operation() -> Non
     assert "steep at 0" in origin.source
 
 
+def test_operations_that_no_gradient_passes_are_not_blamed_for_the_backward_of_those_before() -> None:
+    def root(x: Tensor) -> Tensor:
+        out = x.sqrt()  # steep at 0
+        assert (out.detach() >= 0).all()
+        return out
+
+    origin = found(root, torch.tensor([[1.0, 0.0, 4.0]]))
+    assert (origin.direction, origin.module) == ("backward", "1")
+    assert "steep at 0" in origin.source
+
+
 def test_an_operation_in_place_is_judged_by_what_it_was_given() -> None:
     origin = found(lambda x: (x * 1).log_(), torch.tensor([[1.0, -2.0, 3.0]]))
     assert (origin.op, origin.ranges) == ("aten.log_.default", [(-2.0, 3.0)])

@@ -13,6 +13,7 @@ from typing import Final
 import numpy as np
 
 from gradkern.diagnosis import series
+from gradkern.diagnosis.detectors.precision import uses_fp16
 from gradkern.diagnosis.detectors.spikes import GRADIENT_RATIO, LEAST, SPIKE_Z, WINDOW
 from gradkern.diagnosis.findings import Advice, Finding
 from gradkern.diagnosis.view import View
@@ -31,7 +32,7 @@ SGD_STEP: Final = 0.01
 # Fewer ordinary steps than these make no percentile.
 LEAST_STEPS: Final = 20
 
-# What the article and most published runs use, where the data say nothing.
+# What "A Gentle Introduction to Exploding Gradients" and most published runs use, where data say nothing.
 ARTICLE_NORM: Final = 1.0
 ARTICLE_VALUE: Final = 0.5
 
@@ -113,7 +114,7 @@ def recommend_threshold(record: Record, before: int | None = None, *, of: str = 
         limit, why = float(np.quantile(usual, QUANTILE)), f"90th percentile of {len(usual)} unspiked steps"
     else:
         there_is = f"there are only {len(usual)} ordinary steps" if len(usual) > 1 else "no step was ordinary"
-        limit, why = article, f"the article's value, for {there_is}"
+        limit, why = article, f"the usual value, for {there_is}"
     bound = _sgd_bound(view)
     if of == "norm" and bound is not None and bound < limit:
         limit, why = bound, "moves the weights by 1 % a step at this learning rate"
@@ -142,6 +143,7 @@ def advise(view: View, cause: Finding | None, findings: list[Finding]) -> list[A
         *_rate(view, cause, kinds),
         *_structure(view, cause, findings),
         *_penalty(kinds),
+        *_batch(cause, kinds),
         *_other(view, cause, kinds),
     ]
     return sorted(advice, key=lambda entry: -entry.score)
@@ -176,7 +178,7 @@ def _data(view: View, kinds: dict[str, Finding]) -> list[Advice]:
             found.append(
                 Advice(
                     "Standardise the inputs",
-                    "x = (x - x_mean) / x_std  # of the training set, for each feature",
+                    "x = (x - x.mean(0)) / x.std(0)  # of the training set, for each feature",
                     f"they reach {_evidence(scale, 'data_abs_max')}, with a standard deviation of "
                     f"{_evidence(scale, 'data_std')}",
                     "the same numbers must be applied wherever the model is used",
@@ -187,7 +189,7 @@ def _data(view: View, kinds: dict[str, Finding]) -> list[Advice]:
             found.append(
                 Advice(
                     "Standardise the targets",
-                    "y = (y - y_mean) / y_std  # and back again for predictions",
+                    "y = (y - y.mean()) / y.std()  # of the training set, and back again for predictions",
                     f"they reach {number(float(scale.evidence['target_abs_max']))}",
                     "losses are then in other units",
                     0.95,
@@ -203,7 +205,7 @@ def _dtype(view: View, kinds: dict[str, Finding]) -> list[Advice]:
             found.append(
                 Advice(
                     "Use bfloat16",
-                    "torch.autocast(device_type, dtype=torch.bfloat16)",
+                    'with torch.autocast("cuda", dtype=torch.bfloat16): ...  # or "cpu"',
                     finding.sentence.rstrip("."),
                     "it keeps 8 bits of a number where float16 keeps 11",
                     0.95,
@@ -214,7 +216,7 @@ def _dtype(view: View, kinds: dict[str, Finding]) -> list[Advice]:
         found.append(
             Advice(
                 "Keep the weights in float32",
-                "model.float()  # and torch.autocast(device_type, torch.bfloat16) around the forward pass",
+                'model.float()  # and torch.autocast("cuda", dtype=torch.bfloat16) around the forward pass',
                 lost.sentence.rstrip("."),
                 "twice the memory for weights",
                 0.95,
@@ -252,8 +254,8 @@ def _clip(view: View, cause: Finding | None, kinds: dict[str, Finding]) -> list[
     _, thresholds = view.scalar("clip_threshold")
     now = series.median(thresholds)
     score = 0.9 if "exploding_gradient" in kinds or "gradient_spike" in kinds else 0.6
-    if math.isfinite(now) and now <= limit.max_norm:
-        score = 0.2
+    if now <= limit.max_norm:
+        return []  # it is clipped at less already
     found = [
         Advice(
             f"Clip at {number(limit.max_norm)}",
@@ -270,7 +272,7 @@ def _clip(view: View, cause: Finding | None, kinds: dict[str, Finding]) -> list[
                 f"gradkern.clip_(model.named_parameters(), clip_value={by_value.max_norm:.3g})",
                 f"{by_value.why}; it would have fired on {percent(by_value.share)} of the steps",
                 "it changes the direction of the gradient, and with many elements the norm stays large",
-                score - 0.3,
+                max(score - 0.3, 0.0),
             )
         )
     return found
@@ -309,7 +311,7 @@ def _rate(view: View, cause: Finding | None, kinds: dict[str, Finding]) -> list[
         return [
             Advice(
                 "Lower the learning rate",
-                f"optimizer.param_groups[0]['lr'] = {better:.0e}",
+                _all_groups("lr", better / lr if lr > 0 else 0.1),
                 f"at {number(lr)} an update is {number(first)} times the weights; a thousandth is usual",
                 "training takes longer",
                 0.92 if cause is high else 0.5,
@@ -341,7 +343,7 @@ def _rate(view: View, cause: Finding | None, kinds: dict[str, Finding]) -> list[
         return [
             Advice(
                 "Raise the learning rate",
-                f"optimizer.param_groups[0]['lr'] = {better:.0e}",
+                _all_groups("lr", better / lr if lr > 0 else 0.1),
                 f"updates are {number(low.value)} of the weights at {number(lr)}",
                 "raise it in steps of ten, and watch the loss",
                 0.92,
@@ -351,7 +353,7 @@ def _rate(view: View, cause: Finding | None, kinds: dict[str, Finding]) -> list[
         return [
             Advice(
                 "Lower the learning rate",
-                f"optimizer.param_groups[0]['lr'] = {lr / 10:.0e}",
+                _all_groups("lr", 0.1),
                 f"the loss does not hold at {number(lr)}",
                 "training takes longer, and it does not make gradients smaller",
                 0.45,
@@ -370,7 +372,7 @@ def _structure(view: View, cause: Finding | None, findings: list[Finding]) -> li
         found.append(
             Advice(
                 "Look at the time steps",
-                "print(gradkern.probe_time(step_fn, model))  # step_fn returns the loss",
+                "print(monitor.probe_time(step_fn))  # step_fn runs a forward pass and returns the loss",
                 "the network is recurrent, and how its gradients change through time was not measured",
                 "it runs one more forward and backward pass, one time step at a time",
                 0.85,
@@ -438,7 +440,8 @@ def _structure(view: View, cause: Finding | None, findings: list[Finding]) -> li
                 found.append(
                     Advice(
                         "Cut the sequence",
-                        f"for chunk, state in gradkern.truncated_bptt(sequence, state, {length}): ...",
+                        f"chunks = gradkern.truncated_bptt(x, None, steps={length})  # for chunk in chunks: "
+                        "out, chunks.state = rnn(chunk, chunks.state)",
                         f"over {length} steps the factor is {number(shorter)} instead of "
                         f"{_evidence(finding, 'total')}",
                         "nothing is learned across the cuts",
@@ -508,7 +511,7 @@ def _other(view: View, cause: Finding | None, kinds: dict[str, Finding]) -> list
         found.append(
             Advice(
                 "Lower eps, or raise the threshold",
-                f"torch.optim.AdamW(model.parameters(), eps={float(starved.evidence['after']) / 1e3:.0e})",
+                f"for group in optimizer.param_groups: group['eps'] = {starved.value / 1e3:.0e}",
                 f"clipped gradients are {number(starved.value)} an element, eps is {number(starved.limit)}",
                 "a very small eps lets elements without signal move at full speed",
                 0.9,
@@ -519,7 +522,7 @@ def _other(view: View, cause: Finding | None, kinds: dict[str, Finding]) -> list
         found.append(
             Advice(
                 "Lower the weight decay",
-                f"optimizer.param_groups[0]['weight_decay'] = {min(decay / 100, 0.01):.0e}",
+                f"for group in optimizer.param_groups: group['weight_decay'] = {min(decay / 100, 0.01):.0e}",
                 shrinking.sentence.rstrip("."),
                 "without any, weights may grow",
                 0.9,
@@ -535,6 +538,16 @@ def _other(view: View, cause: Finding | None, kinds: dict[str, Finding]) -> list
                 0.9,
             )
         )
+    if "unused_parameter" in kinds:
+        found.append(
+            Advice(
+                "Look at the order of the calls",
+                "optimizer.zero_grad(); loss.backward(); optimizer.step()",
+                "no gradient came: backward() is missing, zero_grad() is after it, or the loss is detached",
+                "nothing",
+                0.95,
+            )
+        )
     if zero := kinds.get("zero_gradient"):
         found.append(
             Advice(
@@ -546,11 +559,12 @@ def _other(view: View, cause: Finding | None, kinds: dict[str, Finding]) -> list
             )
         )
     if cause is not None and cause.kind in ("loss_nonfinite", "grad_nonfinite", "weights_nonfinite"):
+        where = " and in float16 even 1e-8 is 0" if uses_fp16(view) else ""
         found.append(
             Advice(
                 "Find the operation",
                 "print(gradkern.trace_nonfinite(step_fn, model))  # step_fn runs that step",
-                "no number was large before: a logarithm or root of 0, or 0 / 0, makes NaN of sound numbers",
+                f"no number was large before: log or root of 0, or 0 / 0, makes NaN of sound numbers{where}",
                 "the step is run once more, operation by operation; Monitor(keep_batch=True) has its batch",
                 0.95,
             )
@@ -569,6 +583,26 @@ def _other(view: View, cause: Finding | None, kinds: dict[str, Finding]) -> list
             )
         )
     return found
+
+
+def _all_groups(key: str, factor: float) -> str:
+    """A line that multiplies a setting of all groups, which need not be the same in all of them."""
+    return f"for group in optimizer.param_groups: group[{key!r}] *= {factor:.0e}"
+
+
+def _batch(cause: Finding | None, kinds: dict[str, Finding]) -> list[Advice]:
+    explodes = kinds.get("exploding_gradient")
+    if explodes is None or explodes.evidence["axis"] != "training" or (cause and cause.kind == "data_scale"):
+        return []
+    return [
+        Advice(
+            "Use a smaller batch, or the mean of its losses",
+            "loss = losses.mean()  # not losses.sum()",
+            "a sum over the batch makes gradients, and updates, as many times larger",
+            "a smaller batch is noisier; where losses are averaged already it changes little",
+            0.25,
+        )
+    ]
 
 
 def _evidence(finding: Finding, name: str) -> str:

@@ -11,6 +11,7 @@ import numpy as np
 
 from gradkern.diagnosis.advice import advise
 from gradkern.diagnosis.detectors import detect
+from gradkern.diagnosis.detectors.precision import uses_fp16
 from gradkern.diagnosis.detectors.weights import ORDINARY
 from gradkern.diagnosis.findings import Category, Diagnosis, Finding
 from gradkern.diagnosis.health import MOVING_UPDATE, health
@@ -31,6 +32,7 @@ CATEGORIES: Final[dict[str, Category]] = {
     "overclipped": "optimizer",
     "clip_starvation": "optimizer",
     "weights_shrinking": "optimizer",
+    "unused_parameter": "optimizer",
     "exploding_gradient": "architecture",
     "vanishing_gradient": "architecture",
     "saturated_activation": "architecture",
@@ -54,8 +56,14 @@ EMPTY_AFTER_NAN: Final = frozenset({
     "norms_above_one",
 })  # fmt: skip
 
+# Dead and saturated units are looked at every 50 steps, the gradients that they stop on each.
+UNITS: Final = frozenset({"dead_relu", "saturated_activation"})
+
 # What is left where nothing but NaN and Inf was seen.
 NONFINITE: Final = frozenset({"loss_nonfinite", "grad_nonfinite", "weights_nonfinite"})
+
+# Kinds that name the place, where the cause itself does not.
+NAMING: Final = frozenset({"exploding_gradient", "grad_nonfinite", "weights_nonfinite"})
 
 # A gradient no more than ten times the usual, and outputs that are far from the range of any dtype, do not
 # overflow at the next step.
@@ -63,9 +71,10 @@ CALM: Final = 10.0
 LARGE_OUTPUT: Final = 1e4
 
 # Where no gradient arrives updates are small whatever the learning rate.
-BLOCKING: Final = frozenset(
-    {"vanishing_gradient", "zero_gradient", "dead_relu", "saturated_activation", "overclipped"}
-)
+BLOCKING: Final = frozenset({
+    "vanishing_gradient", "zero_gradient", "dead_relu", "saturated_activation", "overclipped",
+    "unused_parameter",
+})  # fmt: skip
 
 # A learning rate that rises threefold from one step to the next explains an update that spikes there.
 LR_JUMP: Final = 3.0
@@ -150,7 +159,7 @@ def diagnose(record: Record) -> Diagnosis:
         category,
         consequences,
         others,
-        _began(view, cause, alarms),
+        _began(view, cause, consequences, alarms),
         advise(view, cause, [*alarms, *infos]),
     )
 
@@ -165,7 +174,7 @@ def _is_empty(view: View, finding: Finding) -> bool:
 
 def _cause(view: View, alarms: list[Finding]) -> tuple[Finding | None, Category | None]:
     ranked = [
-        (rank, finding.step, place, category)
+        (rank, finding.step - (CADENCE if finding.kind in UNITS else 0), place, category)
         for place, finding in enumerate(alarms)
         for rank, category in [_rank(view, finding, alarms)]
         if rank is not None and not _is_late(view, finding, alarms)
@@ -189,6 +198,8 @@ def _rank(view: View, finding: Finding, alarms: list[Finding]) -> tuple[Rank | N
         ratio = finding.evidence["lr_ratio"]
         jumped = isinstance(ratio, float) and ratio >= LR_JUMP
         return (Rank.JUMP, "optimizer") if jumped else (None, None)
+    if finding.kind == "unused_parameter":
+        return Rank.STALLED, category
     if finding.kind in ("overclipped", "clip_starvation", "weights_shrinking"):
         return (Rank.RATE if explodes else Rank.STALLED), category
     if finding.kind == "update_ratio_low":
@@ -271,30 +282,35 @@ def _operation(view: View, alarms: list[Finding]) -> tuple[Finding | None, Categ
     if largest(peaks[peak_steps <= first.step]) > LARGE_OUTPUT:
         return None, None
     origin = next((e["detail"].get("where") for e in view.events if e["kind"] == "first_nonfinite"), None)
+    if uses_fp16(view):
+        return first, "dtype"  # what is sound in float32 may be 0 or Inf in float16
     return first, "optimizer" if origin == "optimizer" else "architecture"
 
 
-def _began(view: View, cause: Finding | None, alarms: list[Finding]) -> dict[str, int | str | None]:
+def _began(
+    view: View, cause: Finding | None, consequences: list[Finding], alarms: list[Finding]
+) -> dict[str, int | str | None]:
     first = cause or min(alarms, key=lambda finding: finding.step)
-    step = first.step
-    layer: str | None = None
-    parameter: str | None = None
-    named = [
-        first,
-        *(f for f in alarms if f.kind in ("exploding_gradient", "grad_nonfinite", "weights_nonfinite")),
-    ]
-    modules = {module.name for module in view.modules}
-    for finding in named:
-        for name in finding.names[:1]:
-            if name in view.parameters and parameter is None:
-                parameter = name
-                layer = layer or view.parameters[name].module
-            elif name in modules and layer is None:
-                layer = name
+    # What rests on rows may have begun before it showed.
+    step = min(
+        [first.step, *(f.step for f in consequences if first.kind in SLOW and f.kind != "no_traction")]
+    )
+    named = [name for finding in [first, *alarms] if finding is first or finding.kind in NAMING
+             for name in finding.names[:1]]  # fmt: skip
     for event in view.events:
-        if event["kind"] == "first_nonfinite" and cause is None:
-            step = min(int(event["step"]), first.step)
-    return {"step": step, "layer": layer, "parameter": parameter, "unit": _worst_unit(view, layer, step)}
+        if event["kind"] == "first_nonfinite" and first.kind in NONFINITE:
+            step = min(int(event["step"]), step)
+            named.insert(0, str(event["detail"].get("name", "")))
+    modules = {module.name for module in view.modules}
+    layer = next((view.parameters[n].module if n in view.parameters else n for n in named
+                  if n in view.parameters or n in modules), None)  # fmt: skip
+    parameter = next((n for n in named if n in view.parameters and view.parameters[n].module == layer), None)
+    return {
+        "step": step,
+        "layer": layer or None,
+        "parameter": parameter,
+        "unit": _worst_unit(view, layer, step),
+    }
 
 
 def _worst_unit(view: View, layer: str | None, step: int) -> int | None:

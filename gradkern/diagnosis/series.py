@@ -109,12 +109,12 @@ def spikes(
 ) -> list[tuple[int, float, float]]:
     """Positions at which positive values jump up, with the robust z of log10 and the ratio to the median.
 
-    Each value is compared with up to `window` finite ones before it (at least `least`), itself excluded: a
+    Each value is compared with up to `window` ones before it (at least `least`), itself excluded: a
     spike that is tested inside its own window hides itself. It counts if it is `ratio` times the median of
     the later half of them, and `z` robust standard deviations above it in log10, around their trend.
     """
     given = np.asarray(values, np.float64)
-    where = np.flatnonzero(np.isfinite(given))
+    where = np.flatnonzero(np.isfinite(given) & (given > 0))
     logs = log10(given[where])
     if len(logs) <= least:
         return []

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from gradkern.diagnosis import diagnose, recommend_threshold
-from tests.diagnosis.synthetic import noisy, parameter, record_of
+from tests.diagnosis.synthetic import flat, layers, noisy, parameter, record_of
 
 
 def test_the_threshold_is_the_90th_percentile_of_the_norms() -> None:
@@ -99,7 +99,7 @@ def test_a_lower_learning_rate_is_aimed_at_the_first_large_update_not_at_the_las
         update_norm=[min(0.3 * 10.0**step, 1e30) for step in range(40)],
     )  # fmt: skip
     (advice,) = [entry for entry in diagnose(record).advice if entry.title == "Lower the learning rate"]
-    assert advice.line == "optimizer.param_groups[0]['lr'] = 1e-02"
+    assert advice.line == "for group in optimizer.param_groups: group['lr'] *= 1e-02"
 
 
 def test_norms_of_zero_make_no_threshold() -> None:
@@ -114,3 +114,18 @@ def test_norms_after_an_explosion_make_no_threshold() -> None:
     )
     (clip,) = [entry for entry in diagnosis.advice if entry.title.startswith("Clip at")]
     assert clip.title == "Clip at 1"
+
+
+def test_a_clip_that_is_tighter_already_is_not_advised() -> None:
+    norms = noisy(60) + [1e4] * 60
+    losses = [1.1**step for step in range(120)]
+    for now, found in ((0.5, 0), (50.0, 1)):
+        record = record_of(loss=losses, grad_finite_norm=norms, grad_norm=norms, clip_threshold=[now] * 120)
+        titles = [entry.title for entry in diagnose(record).advice]
+        assert sum(title.startswith("Clip at") for title in titles) == found
+
+
+def test_a_run_without_any_gradient_is_told_to_look_at_its_calls() -> None:
+    record = record_of(loss=flat(120), rows={"grad_norm": {"l0.weight": [math.nan] * 120}}, meta=layers(1))
+    diagnosis = diagnose(record)
+    assert diagnosis.advice[0].title == "Look at the order of the calls"

@@ -200,3 +200,32 @@ def test_weights_that_grew_before_all_else_are_the_optimizers() -> None:
     diagnosis = diagnose(record_of(loss=losses, rows=rows, every=10, meta=layers(1)))
     assert diagnosis.cause is not None
     assert (diagnosis.cause.kind, diagnosis.category) == ("weights_growing", "optimizer")
+
+
+def test_the_parameter_is_one_of_the_layer() -> None:
+    rows = {
+        "out_grad_norm": {f"l{i}": [3.0 ** (11 - i)] for i in range(12)},
+        "grad_nan": {f"l{i}.weight": [0.0] * 4 + [float(i == 11)] * 61 for i in range(12)},
+    }
+    record = record_of(loss=LOST, nonfinite_count=[0.0] * 4 + [2.0] * 61, meta=layers(12), rows=rows)
+    began = diagnose(record).began
+    assert (began["layer"], began["parameter"]) == ("l0", None)
+
+
+def test_nan_began_where_the_monitor_saw_it_first() -> None:
+    record = record_of(loss=[*falling(60), *[math.nan] * 20], grad_finite_norm=noisy(80), meta=layers(3))
+    record.put_event(60, "first_nonfinite", {"where": "forward", "name": "l1", "step": 60})
+    assert diagnose(record).began["layer"] == "l1"
+
+
+def test_units_that_died_come_before_the_gradients_that_they_stop() -> None:
+    rows = {
+        "act_dead": {"l1": [0.1, 0.1, 0.1, 1.0, 1.0, 1.0]},
+    }
+    record = record_of(loss=falling(300), rows=rows, every=50, meta=layers(2))
+    record.set_names("grad_norm", ["l0.weight", "l1.weight"])
+    for step in range(300):
+        record.put_rows("grad_norm", step, [1.0 if step < 120 else 0.0, 1.0])
+    diagnosis = diagnose(record)
+    assert diagnosis.cause is not None
+    assert (diagnosis.cause.kind, diagnosis.began["step"]) == ("dead_relu", 120)

@@ -90,3 +90,8 @@ def test_runs_of_flags_are_their_stretches() -> None:
 
 def test_at_gives_the_latest_value_before_a_step() -> None:
     assert series.at([0, 10, 20], np.array([1.0, 2.0, 3.0]), [0, 9, 10, 25]).tolist() == [1.0, 1.0, 2.0, 3.0]
+
+
+def test_zeros_are_no_level_to_spike_from() -> None:
+    values = [0.0] * 40 + [1.0] * 10
+    assert series.spikes(values, window=32, least=20, z=8.0, ratio=10.0) == []

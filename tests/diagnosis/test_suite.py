@@ -64,6 +64,13 @@ def test_the_clip_that_is_advised_repairs_the_regression_of_the_article() -> Non
 
 
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.source == "article"])
+def test_every_line_of_advice_is_python(name: str) -> None:
+    for advice in run_case(name, 0).watched.diagnosis.advice:
+        compile(advice.line, advice.title, "exec")
+
+
+@pytest.mark.filterwarnings("ignore")
 def test_the_same_seed_makes_the_same_run() -> None:
     first, second = (watch(make("healthy_mlp_adam", 5)).record.scalar("loss")[1] for _ in range(2))
     assert first.tolist() == second.tolist()

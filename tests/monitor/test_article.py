@@ -31,7 +31,7 @@ def train(advice: Advice | None = None) -> tuple[float, float, Diagnosis]:
     model = nn.Sequential(nn.Linear(20, 25), nn.ReLU(), nn.Linear(25, 1))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
     scope = {"gradkern": gradkern, "torch": torch, "model": model, "optimizer": optimizer}
-    scope |= {"y": y, "y_mean": y.mean(), "y_std": y.std()}
+    scope |= {"y": y}
     clips = advice is not None and advice.line.startswith("gradkern.clip_")
     if advice is not None and not clips:
         exec(advice.line, scope)

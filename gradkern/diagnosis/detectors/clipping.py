@@ -40,6 +40,7 @@ def overclipped(record: Record) -> list[Finding]:
     _, thresholds = view.scalar("clip_threshold")
     _, norms = view.scalar("grad_finite_norm")
     threshold, norm = series.median(thresholds), series.median(norms)
+    limit = f", threshold {number(threshold)}" if math.isfinite(threshold) else ""
     return [
         Finding(
             "overclipped",
@@ -50,7 +51,7 @@ def overclipped(record: Record) -> list[Finding]:
             OVER_COEF,
             {"share": share, "threshold": threshold, "norm": norm},
             f"The clip fires on {percent(share)} of the steps and leaves {number(usual)} of the gradient "
-            f"(norm {number(norm)}, threshold {number(threshold)}), and the loss does not come down.",
+            f"(norm {number(norm)}{limit}), and the loss does not come down.",
         )
     ]
 

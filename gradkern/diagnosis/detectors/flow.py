@@ -101,7 +101,8 @@ def vanishing_gradient(record: Record) -> list[Finding]:
 
     Through depth: the fit of `exploding_gradient` with a falling line, on 80 % of the measurements; a
     warning below 1e-3 from end to end if the loss is flat, and below 1e-7 whatever it does. Through time:
-    information, unless the loss is flat. In scale: a joint norm below 1e-8 all the time, if the loss is flat.
+    information, unless the loss is flat, or half of it is left and 1e-7 arrives. In scale: a joint norm below
+    1e-8 all the time, if the loss is flat.
     """
     view = View.of(record)
     return [*_vanishing_depth(view), *_vanishing_time(view), *_absent(view)]
@@ -131,7 +132,7 @@ def norms_above_one(record: Record) -> list[Finding]:
     trouble = health(view).trouble
     _, units = view.rows("out_grad_unit_above_one")
     share = series.median(units) if units.size else math.nan
-    nodes = f", and so is that of {percent(share)} of the nodes" if math.isfinite(share) else ""
+    nodes = f", and so is that of {percent(share)} of the nodes" if share > 0 else ""
     return [
         Finding(
             "norms_above_one",
@@ -459,7 +460,8 @@ def _vanishing_time(view: View) -> list[Finding]:
     factor, total = series.power10(-line.slope), series.power10(-line.slope * (len(logs) - 1))
     if line.r2 < TIME_R2 or total > VANISHED:
         return []
-    severity: Severity = "warning" if health(view).flat else "info"
+    state = health(view)
+    severity: Severity = "warning" if state.flat or (state.is_slow and total <= VANISHED_ALONE) else "info"
     return [
         Finding(
             "vanishing_gradient",

@@ -7,7 +7,15 @@ from typing import Final
 
 from gradkern.diagnosis import series
 from gradkern.diagnosis.findings import Finding
-from gradkern.diagnosis.health import CHANCE, EXCURSION_SHARE, FLAT_SHARE, LOST_SHARE, chance_level, health
+from gradkern.diagnosis.health import (
+    CHANCE,
+    EXCURSION_SHARE,
+    FLAT_SHARE,
+    LOST_SHARE,
+    RECOVERED,
+    chance_level,
+    health,
+)
 from gradkern.diagnosis.view import View
 from gradkern.diagnosis.words import count, number
 from gradkern.record.schema import Record
@@ -100,6 +108,13 @@ def no_traction(record: Record) -> list[Finding]:
     chance = chance_level(view)
     is_chance = abs(state.last - chance) <= CHANCE * chance
     words = f", as if it guessed among {round(math.exp(chance))} classes" if is_chance else ""
+    fell = state.last < RECOVERED * state.start
+    sentence = (
+        f"The loss has stood at {number(state.last)} for half of the run{words}."
+        if fell
+        else f"The loss has not come down in {state.steps} steps: {number(state.start)} at first, "
+        f"{number(state.last)} now{words}."
+    )
     return [
         Finding(
             "no_traction",
@@ -109,7 +124,6 @@ def no_traction(record: Record) -> list[Finding]:
             state.start - state.last,
             FLAT_SHARE * abs(state.start),
             {"start": state.start, "last": state.last, "chance": chance},
-            f"The loss has not come down in {state.steps} steps: {number(state.start)} at first, "
-            f"{number(state.last)} now{words}.",
+            sentence,
         )
     ]

@@ -113,27 +113,43 @@ def weights_nonfinite(record: Record) -> list[Finding]:
 
 
 def data_nonfinite(record: Record) -> list[Finding]:
-    """A batch, inputs or targets, holds NaN or Inf. Nothing that is computed from it can be sound."""
+    """A batch, inputs or targets, holds NaN or Inf, and nothing that is computed from it is sound.
+
+    An error; information while loss and gradients of those steps are finite: a mask of -Inf, or NaN for a
+    target that is missing, is taken out before it does harm.
+    """
     view = View.of(record)
     steps, counts = view.scalar("data_nonfinite")
     bad = np.flatnonzero(counts > 0)
     if not len(bad):
         return []
-    step, amount = int(steps[bad[0]]), float(counts[bad[0]])
+    hurt = [place for place in bad.tolist() if _is_lost(view, int(steps[place]))]
+    first = hurt[0] if hurt else int(bad[0])
+    step, amount = int(steps[first]), float(counts[first])
     often = f", and in {count(len(bad) - 1, 'later batch', 'later batches')}" if len(bad) > 1 else ""
     return [
         Finding(
             "data_nonfinite",
-            "error",
+            "error" if hurt else "info",
             step,
             (),
             amount,
             0.0,
             {"batches": float(len(bad))},
             f"The batch of step {step} holds {count(amount, 'element')} that "
-            f"{'is' if amount == 1 else 'are'} NaN or Inf{often}.",
+            f"{'is' if amount == 1 else 'are'} NaN or Inf{often}{'' if hurt else '; the loss took no harm'}.",
         )
     ]
+
+
+def _is_lost(view: View, step: int) -> bool:
+    """Whether the loss or a gradient is NaN or Inf at a step, or neither was recorded."""
+    found = []
+    for name in ("loss", "grad_norm", "nonfinite_count"):
+        steps, values = view.scalar(name)
+        here = values[steps == step]
+        found += (here > 0 if name == "nonfinite_count" else ~np.isfinite(here)).tolist()
+    return any(found) or not found
 
 
 def amp_backoff(record: Record) -> list[Finding]:
@@ -174,8 +190,14 @@ def amp_backoff(record: Record) -> list[Finding]:
 
 
 def _scaled_back(view: View) -> set[int]:
-    """Steps that a GradScaler skipped."""
-    return view.kept("scaled_back", lambda: {e["step"] for e in view.events if e["kind"] == "amp_backoff"})
+    """Steps that a GradScaler skipped because of its scale: not those whose loss itself was NaN or Inf."""
+
+    def find() -> set[int]:
+        steps, losses = view.scalar("loss")
+        lost = set(steps[~np.isfinite(losses)].tolist())
+        return {event["step"] for event in view.events if event["kind"] == "amp_backoff"} - lost
+
+    return view.kept("scaled_back", find)
 
 
 def _affected(view: View, what: str, step: int) -> tuple[tuple[str, ...], int]:

@@ -37,7 +37,7 @@ def fp16_overflow(record: Record) -> list[Finding]:
     Information if activations come within a factor 4 of 65504.
     """
     view = View.of(record)
-    if not _uses_fp16(view):
+    if not uses_fp16(view):
         return []
     excused = {event["step"] for event in view.events if event["kind"] == "amp_backoff"}
     steps, rows = view.rows("grad_inf")
@@ -215,7 +215,8 @@ def _is_scaleless(view: View) -> bool:
     return _amp(view) and not len(view.scalar("loss_scale")[0])
 
 
-def _uses_fp16(view: View) -> bool:
+def uses_fp16(view: View) -> bool:
+    """Whether anything is computed in float16."""
     return _amp(view) or any(p.dtype == "float16" for p in view.parameters.values())
 
 

@@ -36,6 +36,12 @@ SYMMETRIC_LEAST: Final = 8
 # A gradient that is exactly zero on each of 50 steps: not sparsity, which varies with the batch.
 ZERO_STEPS: Final = 50
 
+# A loss that is a hundredth of the first one has gradients of zero where hinges and differences are.
+DONE: Final = 0.01
+
+# So many steps without any gradient are no accident.
+NO_GRADIENT_STEPS: Final = 10
+
 
 def dead_relu(record: Record) -> list[Finding]:
     """Units of a module give zero for the whole batch, so that nothing reaches their weights.
@@ -81,7 +87,8 @@ def dead_relu(record: Record) -> list[Finding]:
 def saturated_activation(record: Record) -> list[Finding]:
     """Nine tenths of a hidden module's outputs are in the flat part of tanh or sigmoid.
 
-    Median of the measurements. Information, a warning if the loss is bad, or 95 % from the first step on.
+    Median of the measurements. Information, a warning if the loss is bad or half of it is left after 100
+    steps, or 95 % from the first step on.
     """
     view = View.of(record)
     steps, rows = view.rows("act_saturated")
@@ -100,7 +107,7 @@ def saturated_activation(record: Record) -> list[Finding]:
     return [
         Finding(
             "saturated_activation",
-            "warning" if health(view).is_bad or is_blocked else "info",
+            "warning" if health(view).is_bad or health(view).is_slow or is_blocked else "info",
             onset,
             tuple(names[i] for i in bad[:5]),
             float(medians[column]),
@@ -115,7 +122,8 @@ def saturated_activation(record: Record) -> list[Finding]:
 def zero_gradient(record: Record) -> list[Finding]:
     """Every element of a weight's gradient is exactly zero on each of 50 steps or more.
 
-    A warning. Embeddings are left out, and so are weights that have no gradient (`unused_parameter`).
+    A warning; information in a run with a hundredth of its first loss, which has learned what there is.
+    Embeddings are left out, and so are weights that have no gradient (`unused_parameter`).
     """
     view = View.of(record)
     steps, rows = view.rows("grad_norm")
@@ -134,10 +142,12 @@ def zero_gradient(record: Record) -> list[Finding]:
     onset = int(steps[moving[-1] + 1]) if len(moving) else int(steps[0])
     found = tuple(names[i] for i in bad)
     everything = len(bad) == len(view.matrices("grad_norm"))
+    state = health(view)
+    is_done = 0 <= state.last <= DONE * state.start
     return [
         Finding(
             "zero_gradient",
-            "warning",
+            "info" if is_done else "warning",
             onset,
             found[:5],
             float(len(bad)),
@@ -191,12 +201,17 @@ def symmetric_units(record: Record) -> list[Finding]:
 
 
 def unused_parameter(record: Record) -> list[Finding]:
-    """A parameter that asks for a gradient never got one. Information: a backbone may be used without it."""
+    """A parameter that asks for a gradient never got one. Information: a backbone may be used without it.
+
+    An error if for 10 steps no parameter at all had one that is not zero when the optimizer stepped.
+    """
     view = View.of(record)
     steps, rows = view.rows("grad_norm")
     if len(steps) < 2:
         return []
     names = view.names("grad_norm")
+    if len(steps) >= NO_GRADIENT_STEPS and names and not np.nan_to_num(rows).any():
+        return _nothing(view, steps, rows)
     known = {name for column, name in enumerate(names) if not np.isnan(rows[:, column]).all()}
     unused = tuple(
         name for name, p in view.parameters.items() if p.requires_grad and name not in known and p.numel > 0
@@ -213,6 +228,26 @@ def unused_parameter(record: Record) -> list[Finding]:
             0.0,
             {"parameters": float(len(unused))},
             f"{count(len(unused), 'parameter')} never got a gradient: {listed(unused)}.",
+        )
+    ]
+
+
+def _nothing(view: View, steps: Steps, rows: Rows) -> list[Finding]:
+    """No gradient anywhere, if the loss says that there should be one."""
+    _, counts = view.scalar("nonfinite_count")
+    _, losses = view.scalar("loss")
+    if (counts > 0).any() or not np.isfinite(losses).all() or (len(losses) and losses[-1] == 0):
+        return []
+    return [
+        Finding(
+            "unused_parameter",
+            "error",
+            int(steps[0]),
+            (),
+            float(len(rows[0])),
+            0.0,
+            {"parameters": float(len(rows[0]))},
+            f"No parameter had a gradient in {len(steps)} steps when the optimizer stepped.",
         )
     ]
 

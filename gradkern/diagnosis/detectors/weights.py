@@ -31,6 +31,7 @@ LARGEST: Final = {"float16": 65504.0, "bfloat16": 3.39e38, "float32": 3.40e38, "
 # them. An alarm only if the loss is bad; at half of them, over the whole run, nothing that was learned stays.
 RATIO_HIGH: Final = 0.1
 RATIO_HIGH_ALONE: Final = 0.5
+LASTING: Final = 20
 
 # In float32 a millionth of a weight is a few units in the last place: 10,000 such steps move it by 1 %.
 RATIO_LOW: Final = 1e-6
@@ -134,15 +135,15 @@ def update_ratio_high(record: Record) -> list[Finding]:
     state = health(view)
     if not len(ratios):
         return []
-    # What a run has learned well after did it no harm.
-    ratios, steps = _since_best(view, ratios, steps)
     # Until the loss is gone: afterwards every number is one of its consequences.
     if state.nonfinite is not None and (steps <= state.nonfinite).any():
         ratios, steps = ratios[steps <= state.nonfinite], steps[steps <= state.nonfinite]
     usual = series.median(ratios)
+    is_lasting = usual >= RATIO_HIGH_ALONE and len(ratios) >= LASTING
+    if not is_lasting:  # what a run has learned well after did it no harm
+        ratios, steps = _since_best(view, ratios, steps)
     high = ratios >= RATIO_HIGH
     worst = float(np.max(ratios))
-    is_lasting = usual >= RATIO_HIGH_ALONE and len(ratios) >= 5
     share = float(high.mean())
     is_hard = share >= 0.1 or worst >= LARGE_UPDATE or (state.nonfinite is not None and bool(high.any()))
     is_replaced = state.is_slow and (worst >= REPLACED or _is_overwritten(view))
@@ -155,6 +156,7 @@ def update_ratio_high(record: Record) -> list[Finding]:
     lr_steps, lrs = view.scalar("lr")
     lr = float(series.at(lr_steps, lrs, [first])[0])
     rate = f" at a learning rate of {number(lr)}" if math.isfinite(lr) else ""
+    often = f" (usually {number(usual)})" if number(usual) != number(worst) else ""
     return [
         Finding(
             "update_ratio_high",
@@ -164,8 +166,8 @@ def update_ratio_high(record: Record) -> list[Finding]:
             worst if not is_lasting else usual,
             RATIO_HIGH_ALONE if is_lasting else RATIO_HIGH,
             {"median": usual, "largest": worst, "first": float(ratios[high][0]), "share": share, "lr": lr},
-            f"Updates reach {number(worst)} times the weights (usually {number(usual)}) from step {first} on"
-            f"{rate}; a thousandth is usual.",
+            f"Updates reach {number(worst)} times the weights{often} from step {first} on{rate}; a "
+            "thousandth is usual.",
         )
     ]
 

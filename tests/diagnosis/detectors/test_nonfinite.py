@@ -80,3 +80,19 @@ def test_a_scale_that_has_fallen_to_one_is_a_warning() -> None:
         loss=falling(100), loss_scale=[1.0] * 100, events=[(step, "amp_backoff") for step in range(8)]
     )
     assert only(amp_backoff(record)).severity == "warning"
+
+
+def test_values_that_are_not_finite_and_do_no_harm_are_information() -> None:
+    record = record_of(loss=[1.0] * 9, grad_norm=[1.0] * 9, data_nonfinite=[4.0] * 9)
+    assert only(DETECTORS["data_nonfinite"](record)).severity == "info"
+
+
+def test_the_first_batch_that_does_harm_is_named() -> None:
+    losses = [1.0, 1.0, math.nan, 1.0]
+    finding = only(DETECTORS["data_nonfinite"](record_of(loss=losses, data_nonfinite=[2.0] * 4)))
+    assert (finding.severity, finding.step) == ("error", 2)
+
+
+def test_a_step_whose_loss_is_nan_was_not_lost_to_the_scale() -> None:
+    record = record_of(loss=[1.0, math.nan, 1.0], loss_scale=[64.0] * 3, events=[(1, "amp_backoff")])
+    assert DETECTORS["amp_backoff"](record) == []

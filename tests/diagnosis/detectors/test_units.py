@@ -121,3 +121,20 @@ def test_units_of_a_hidden_module_that_all_get_the_same_gradient_are_a_warning(
 def test_units_that_are_alike_in_a_run_that_learns_are_silent() -> None:
     rows = {"out_grad_norm": {"l0": [math.sqrt(8)] * 12}, "out_grad_unit_max": {"l0": [1.0] * 12}}
     assert symmetric(record_of(loss=falling(120), rows=rows, every=10, meta=layers(2))) == []
+
+
+def test_a_gradient_of_zero_in_a_run_that_has_learned_all_is_information() -> None:
+    rows = {"grad_norm": {"l0.weight": [1.0] * 20 + [0.0] * 60}}
+    losses = falling(20) + [0.0] * 60
+    assert only(zero_gradient(record_of(loss=losses, rows=rows, meta=layers(1)))).severity == "info"
+
+
+@pytest.mark.parametrize("nothing", [0.0, math.nan])
+def test_ten_steps_without_any_gradient_are_an_error(nothing: float) -> None:
+    rows = {"grad_norm": {"l0.weight": [nothing] * 12, "l1.weight": [nothing] * 12}}
+    assert only(unused(record_of(loss=flat(12), rows=rows, meta=layers(2)))).severity == "error"
+
+
+def test_a_loss_of_zero_has_no_gradient() -> None:
+    rows = {"grad_norm": {"l0.weight": [0.0] * 12}}
+    assert unused(record_of(loss=[0.0] * 12, rows=rows, meta=layers(1))) == []

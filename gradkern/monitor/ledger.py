@@ -148,9 +148,10 @@ class Ledger:
             for recorder in self._recorders:
                 recorder.put_exponents(step.number, times["exponents"])
         if "activations" in times:
-            self._put_activations(step.number, times["activations"].open())
+            scale = step.scalars.get("loss_scale", 1.0)
+            self._put_activations(step.number, times["activations"].open(), scale)
 
-    def _put_activations(self, number: int, found: dict[str, Floats]) -> None:
+    def _put_activations(self, number: int, found: dict[str, Floats], scale: float) -> None:
         columns: dict[str, dict[str, float]] = {kind: {} for kind in (*ACT_KINDS, *GRAD_KINDS)}
         for key, value in found.items():
             what, _, path = key.partition("/")
@@ -158,7 +159,7 @@ class Ledger:
                 columns["act_nonfinite"][path] = float(value[2] + value[3])
                 columns["act_abs_max"][path] = float(value[1])
             elif what == "out":
-                for kind, number_of in zip(GRAD_KINDS, unit_numbers(value), strict=True):
+                for kind, number_of in zip(GRAD_KINDS, unit_numbers(value / scale), strict=True):
                     columns[kind][path] = number_of
             else:
                 columns[what][path] = float(value)

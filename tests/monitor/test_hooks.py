@@ -65,6 +65,23 @@ def test_output_gradients_are_those_of_autograd() -> None:
         assert value(monitor, "out_grad_unit_above_one", path) == pytest.approx(expected)
 
 
+@pytest.mark.parametrize("scale", [1.0, 65536.0])
+def test_output_gradients_are_those_of_the_loss_without_its_scale(scale: float) -> None:
+    model, x = two_layers(), torch.randn(5, 3)
+    expected = value(observe(two_layers(), x), "out_grad_unit_max", "0")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+    with Monitor(model, optimizer, activations_every=1) as monitor:
+        for _ in range(2):
+            loss = model(x).square().sum()
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            monitor.step(loss, scaler=scaler)
+            optimizer.zero_grad()
+    assert value(monitor, "out_grad_unit_max", "0") == pytest.approx(expected, rel=1e-6)
+
+
 def test_the_units_of_images_are_their_channels() -> None:
     model, x = nn.Sequential(nn.Conv2d(2, 3, 3), nn.Flatten(), nn.Linear(12, 1)), torch.randn(4, 2, 4, 4)
     monitor = observe(model, x)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gradkern.monitor.replay import untouched
+from gradkern.monitor.replay import check_call, untouched
 
 
 def probe_time(step_fn: Callable[[], Tensor], model: nn.Module, *, module: str | None = None) -> Tensor:
@@ -30,6 +30,7 @@ def probe_time(step_fn: Callable[[], Tensor], model: nn.Module, *, module: str |
         one another in the order of the calls. 0 where the loss does not depend on a state.
 
     Raises:
+        TypeError: `step_fn` is no function, or `model` no module.
         ValueError: there is no such module, there are several, or it is of a kind that cannot be stepped; the
             loss is no single number.
 
@@ -38,6 +39,7 @@ def probe_time(step_fn: Callable[[], Tensor], model: nn.Module, *, module: str |
     >>> norms.shape, round(float(norms[-1]), 3)
     (torch.Size([5]), 1.732)
     """
+    check_call("probe_time", step_fn, model)
     path, chosen = _choose(model, module)
     _check(path, chosen)
     with untouched(model), torch.enable_grad(), _stepped(chosen) as states:
@@ -48,7 +50,9 @@ def probe_time(step_fn: Callable[[], Tensor], model: nn.Module, *, module: str |
                 f"{list(loss.shape) if isinstance(loss, Tensor) else ''}."
             )
         if not states:
-            raise ValueError(f"probe_time: step_fn did not call {path!r}.")
+            raise ValueError(
+                f"probe_time: step_fn did not call {_words(path)}. It must run the forward pass of the model."
+            )
         flat = [state for step in states for state in step]
         if not loss.requires_grad or not flat[0].requires_grad:
             raise ValueError(
@@ -83,17 +87,23 @@ def _choose(model: nn.Module, wanted: str | None) -> tuple[str, nn.Module]:
     }
     if wanted is not None:
         if wanted not in found:
+            there = ", ".join(_words(path) for path in found) or "none"
             raise ValueError(
-                f"probe_time: module {wanted!r} is no RNN, LSTM or GRU. There is: {', '.join(found) or None}."
+                f"probe_time: there is no RNN, LSTM or GRU at module={wanted!r}. The model has: {there}."
             )
         return wanted, found[wanted]
     if not found:
         raise ValueError("probe_time: the model has no RNN, LSTM or GRU of torch: there are no time steps.")
     if len(found) > 1:
         raise ValueError(
-            f"probe_time: the model has several recurrent modules; pass module=, one of {', '.join(found)}."
+            "probe_time: the model has several recurrent modules; pass module=, one of "
+            f"{', '.join(map(repr, found))}."
         )
     return next(iter(found.items()))
+
+
+def _words(path: str) -> str:
+    return repr(path) if path else "the model itself (module='')"
 
 
 def _check(path: str, module: nn.Module) -> None:
@@ -108,9 +118,7 @@ def _check(path: str, module: nn.Module) -> None:
     elif type(module) not in (nn.RNN, nn.LSTM, nn.GRU):
         reason = f"{type(module).__name__} may compute something else than the class it is derived from"
     if reason:
-        raise ValueError(
-            f"probe_time: {path or type(module).__name__!r} cannot be run step by step: {reason}."
-        )
+        raise ValueError(f"probe_time: {_words(path)} cannot be run step by step: {reason}.")
 
 
 @contextmanager

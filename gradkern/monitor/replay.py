@@ -32,6 +32,21 @@ def set_random_state(state: RandomState) -> None:
         torch.cuda.set_rng_state_all(cuda)
 
 
+def check_call(name: str, step_fn: object, model: object) -> None:
+    """Raise if a step cannot be run again, for it is no function, or the model is none.
+
+    Raises:
+        TypeError: either.
+    """
+    if not callable(step_fn):
+        raise TypeError(
+            f"{name}: step_fn must be a function that runs the step, got {type(step_fn).__name__}. Pass a "
+            "lambda or a function without arguments, not what it returns."
+        )
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{name}: model must be a torch.nn.Module, got {type(model).__name__}.")
+
+
 @contextlib.contextmanager
 def untouched(model: nn.Module) -> Iterator[None]:
     """Whatever is done to a model inside is undone at the end: weights, buffers, gradients, random numbers.

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gradkern.monitor.meta import tensors_in
-from gradkern.monitor.replay import untouched
+from gradkern.monitor.replay import check_call, untouched
 
 _TORCH: Final = os.path.dirname(torch.__file__) + os.sep
 _GRADKERN: Final = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
@@ -70,8 +70,8 @@ def trace_nonfinite(step_fn: Callable[[], object], model: nn.Module) -> Origin |
 
     Of several, the one whose result reached the loss or, if that is finite, the gradients: a mask of -Inf
     that a softmax takes away is no fault. Compiled code is run without compilation. Every operation's inputs
-    and results are read, and the parameters copied; at the end parameters, buffers, gradients and random
-    state are as they were.
+    and results are read, and parameters and buffers copied; at the end these, gradients and random state are
+    as they were.
 
     Args:
         step_fn: runs the forward pass and, if gradients are the question, `backward()`; not the optimizer's
@@ -82,6 +82,9 @@ def trace_nonfinite(step_fn: Callable[[], object], model: nn.Module) -> Origin |
     Returns:
         The origin, or None if the loss and all gradients are finite.
 
+    Raises:
+        TypeError: `step_fn` is no function, or `model` no module.
+
     >>> class Log(torch.nn.Module):
     ...     def forward(self, x):
     ...         return x.log()
@@ -90,6 +93,7 @@ def trace_nonfinite(step_fn: Callable[[], object], model: nn.Module) -> Origin |
     >>> origin.op, origin.module, origin.inf_count, origin.ranges
     ('aten.log.default', '1', 1, [(0.0, 2.0)])
     """
+    check_call("trace_nonfinite", step_fn, model)
     watch = _Watch(model)
     with ExitStack() as stack:
         stack.enter_context(untouched(model))

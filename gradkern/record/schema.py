@@ -68,7 +68,7 @@ KINDS: Final[Mapping[str, str]] = {
     "act_saturated": "share of the module's outputs in the flat part of its activation function, 0 to 1",
     "act_nonfinite": "NaN and Inf elements of the module's output, a count",
     "act_abs_max": "largest magnitude of the finite elements of the module's output",
-    "out_grad_norm": "2-norm of the gradient of the loss, unscaled, by the module's output; Inf if any is NaN",
+    "out_grad_norm": "2-norm of the gradient of the unscaled loss by the module's output; Inf if any is NaN",
     "out_grad_unit_above_one": "share of the module's units whose gradient norm is above 1, 0 to 1",
     "out_grad_unit_max": "largest gradient norm of any of the module's units; Inf if one is NaN",
     "out_grad_unit_argmax": "index of that unit, the first one that is not finite; NaN if no unit is finite",
@@ -83,8 +83,8 @@ up to 2**24.
 EXPONENTS: Final = "exponents"
 """The kind under which the names of `Record.exponents` are found. The 64 columns of a histogram are those of
 csrc/core/exponents.h: elements that are zero, that are subnormal in their dtype, that are NaN or Inf; from
-column 3 those whose floor(log2(abs(element))) is -44 or less, -43, and so on up to 16 or more. Of a gradient with
-more than 65,536 elements a sample is counted."""
+column 3 those whose floor(log2(abs(element))) is -44 or less, -43, and so on up to 16 or more. Of a gradient
+with more than 65,536 elements a sample is counted."""
 
 EVENTS: Final[Mapping[str, str]] = {
     "skip": "the optimizer was kept from moving",

@@ -137,12 +137,35 @@ def test_dropout_repeats_and_everything_is_put_back() -> None:
         (nn.Linear(2, 2), "no RNN, LSTM or GRU"),
         (nn.LSTM(2, 3, bidirectional=True), "it is bidirectional"),
         (nn.LSTM(2, 3, proj_size=1), "projects its hidden state"),
-        (nn.ModuleList([nn.GRU(2, 3), nn.GRU(2, 3)]), "pass module=, one of 0, 1"),
+        (nn.ModuleList([nn.GRU(2, 3), nn.GRU(2, 3)]), "pass module=, one of '0', '1'"),
     ],
 )
 def test_what_cannot_be_stepped_is_refused_with_a_reason(model: nn.Module, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         gradkern.probe_time(lambda: torch.zeros(()), model)
+
+
+def test_a_module_that_is_not_there_is_refused_with_those_that_are() -> None:
+    rnn = nn.GRU(2, 3)
+    with pytest.raises(ValueError, match=r"module='rnn'. The model has: the model itself \(module=''\)"):
+        gradkern.probe_time(lambda: torch.zeros(()), rnn, module="rnn")
+    with pytest.raises(ValueError, match=r"module='1'. The model has: '0'"):
+        gradkern.probe_time(lambda: torch.zeros(()), nn.Sequential(rnn, nn.ReLU()), module="1")
+
+
+def test_a_step_that_does_not_call_the_network_is_refused() -> None:
+    loss = torch.zeros((), requires_grad=True)
+    with pytest.raises(ValueError, match="step_fn did not call the model itself"):
+        gradkern.probe_time(lambda: loss, nn.GRU(2, 3))
+
+
+@pytest.mark.parametrize("function", [gradkern.probe_time, gradkern.trace_nonfinite])
+def test_a_result_in_place_of_a_function_is_refused(function: Any) -> None:
+    name = function.__name__
+    with pytest.raises(TypeError, match=f"{name}: step_fn must be a function .* got Tensor"):
+        function(torch.zeros(()), nn.GRU(2, 3))
+    with pytest.raises(TypeError, match=f"{name}: model must be a torch.nn.Module, got str"):
+        function(lambda: None, "model")
 
 
 def test_packed_sequences_are_refused_with_a_reason() -> None:

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from gradkern.diagnosis import DETECTORS
+
 PAGE = Path(__file__).parents[2] / "docs" / "monitor.md"
 
 
@@ -23,3 +25,10 @@ def test_the_code_of_the_page_runs(capsys: pytest.CaptureFixture[str]) -> None:
     printed = capsys.readouterr().out
     assert "Cause (" in printed
     assert "loss_nonfinite at step" in printed
+
+
+def test_the_page_names_every_kind() -> None:
+    if not PAGE.exists():
+        pytest.skip("docs/ is not part of this installation")
+    rows = [line for line in PAGE.read_text(encoding="utf-8").splitlines() if line.startswith("| `")]
+    assert {kind for row in rows for kind in re.findall(r"`(\w+)`", row.split("|")[1])} == set(DETECTORS)

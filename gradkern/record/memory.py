@@ -1,4 +1,4 @@
-"""The recent past of a run in memory, for detectors that look at it while it goes on."""
+"""A run in memory, its recent past in full, for detectors that look at it while it goes on."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
+from gradkern.record import retention
 from gradkern.record.schema import (
     EXPONENT_COLUMNS,
     EXPONENTS,
@@ -28,73 +29,92 @@ from gradkern.record.schema import (
 # A kind with very many columns keeps at least this many rows, however large they are.
 LEAST_ROWS: Final = 8
 
+# So many values of a series, from its start on, are never thinned: how a run began is asked at any time.
+FIRST: Final = 512
+
 # Of more events than these, the first quarter and the latest stay.
 MAX_EVENTS: Final = 4096
 
 
 class _Series:
-    """The latest values of a series: up to `limit` of them, in a buffer in which nothing is written twice.
+    """A series of up to `limit` values: the first ones, the latest half, and some of those between.
 
-    Views handed out therefore stay as they are. When the buffer is full, what is kept moves to a new one.
+    When the buffer is full, the middle is thinned and the rest moves to a new one. Nothing is written twice in
+    a buffer: views handed out stay as they are.
     """
 
     def __init__(self, shape: tuple[int, ...], dtype: npt.DTypeLike, limit: int) -> None:
-        self._limit = limit
-        self._begin = self._end = 0
+        self._limit, self._first = limit, min(FIRST, limit // 8)
+        self._end, self._stride = 0, 1
         self._steps: Steps = np.empty(0, np.int64)
         self._values: npt.NDArray[Any] = np.empty((0, *shape), dtype)
 
     def append(self, step: int, value: npt.NDArray[Any] | float) -> None:
         if self._end == len(self._steps):
-            # Grows as it fills, so that a short run takes little memory.
-            self._move(min(max(2 * (self._end - self._begin), 16), 2 * self._limit))
+            self._grow()
         self._steps[self._end] = step
         self._values[self._end] = value
         self._end += 1
-        self._begin = max(self._begin, self._end - self._limit)
 
     def extend(self, steps: Steps, values: npt.NDArray[Any]) -> None:
         """Append values of growing steps, all after `last`."""
-        # More than the limit would be forgotten at once.
-        steps, values = steps[-self._limit :], values[-self._limit :]
-        if self._end + len(steps) > len(self._steps):
-            kept = self._end - self._begin
-            self._move(min(max(2 * (kept + len(steps)), 16), 2 * self._limit + len(steps)))
-        end = self._end + len(steps)
-        self._steps[self._end : end] = steps
-        self._values[self._end : end] = values
-        self._end = end
-        self._begin = max(self._begin, self._end - self._limit)
+        begin = 0
+        while begin < len(steps):
+            if self._end == len(self._steps):
+                self._grow()
+            count = min(len(steps) - begin, len(self._steps) - self._end)
+            self._steps[self._end : self._end + count] = steps[begin : begin + count]
+            self._values[self._end : self._end + count] = values[begin : begin + count]
+            self._end += count
+            begin += count
+
+    def _grow(self) -> None:
+        """Give room for a value more."""
+        if self._end < self._limit:
+            # Little by little, so that a short run takes little memory.
+            self._move(slice(self._end), min(max(2 * self._end, 16), self._limit))
+            return
+        middle = slice(self._first, self._end - self._limit // 2)
+        steps = self._steps[middle]
+        stays = np.zeros(len(steps), bool)
+        if len(steps) > 1:
+            stays, _ = retention.thinned(steps, self._stride, -1)
+            while stays.sum() > len(steps) // 2:
+                self._stride *= 2
+                stays, _ = retention.thinned(steps, self._stride, -1)
+        kept = np.ones(self._end, bool)
+        kept[middle] = stays
+        self._move(kept, self._limit)
 
     def cut(self, step: int) -> None:
         """Forget `step` and what comes after it."""
-        end = self._begin + int(np.searchsorted(self._steps[self._begin : self._end], step))
+        end = int(np.searchsorted(self._steps[: self._end], step))
         if end < self._end:
-            self._end = end
-            self._move(len(self._steps))
+            self._move(slice(end), len(self._steps))
 
-    def _move(self, capacity: int) -> None:
-        kept, size = slice(self._begin, self._end), self._end - self._begin
-        steps = np.empty(capacity, np.int64)
-        values = np.empty((capacity, *self._values.shape[1:]), self._values.dtype)
-        steps[:size] = self._steps[kept]
-        values[:size] = self._values[kept]
-        self._steps, self._values, self._begin, self._end = steps, values, 0, size
+    def _move(self, kept: slice | npt.NDArray[np.bool_], capacity: int) -> None:
+        old_steps, old_values = self._steps[: self._end][kept], self._values[: self._end][kept]
+        self._end = len(old_steps)
+        self._steps = np.empty(capacity, np.int64)
+        self._values = np.empty((capacity, *old_values.shape[1:]), old_values.dtype)
+        self._steps[: self._end], self._values[: self._end] = old_steps, old_values
 
     @property
     def last(self) -> int:
         """The latest step, -1 if there is none."""
-        return int(self._steps[self._end - 1]) if self._end > self._begin else -1
+        return int(self._steps[self._end - 1]) if self._end else -1
 
     def get(self) -> tuple[Steps, npt.NDArray[Any]]:
-        kept = slice(self._begin, self._end)
-        steps, values = self._steps[kept], self._values[kept]
+        steps, values = self._steps[: self._end], self._values[: self._end]
         steps.flags.writeable = values.flags.writeable = False
         return steps, values
 
 
 class MemoryRecord:
-    """A `Record` and `Recorder` that keeps the latest `max_steps` of each scalar and `max_rows` of each kind.
+    """A `Record` and `Recorder` that keeps up to `max_steps` of each scalar and up to `max_rows` of each kind.
+
+    Of more, it keeps the start (512, at most an eighth), the latest half, and of what lies between one in as
+    many steps as it takes.
 
     Arrays it gives are read-only views that later records do not change. It is not to be read while another
     thread writes.
@@ -102,8 +122,7 @@ class MemoryRecord:
     Args:
         max_steps: values kept of each scalar, 16 bytes each.
         max_rows: rows kept of each kind, and histograms.
-        max_bytes: memory that the rows of one kind may take: `max_rows` goes down for it, not below 8. What
-            has left the history may take as much again until its place is needed.
+        max_bytes: memory that the rows of one kind may take: `max_rows` goes down for it, not below 8.
 
     Raises:
         ValueError: a limit is not positive.

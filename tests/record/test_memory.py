@@ -6,19 +6,65 @@ import pytest
 from gradkern.record import MemoryRecord
 
 
-def test_the_latest_steps_of_a_scalar_are_kept() -> None:
-    record = MemoryRecord(max_steps=10)
-    for step in range(95):
+def steps_of(limit: int, count: int) -> list[int]:
+    record = MemoryRecord(max_steps=limit)
+    for step in range(count):
         record.put_scalars(step, {"loss": step})
-    assert record.scalar("loss")[1].tolist() == list(range(85, 95))
+    steps, values = record.scalar("loss")
+    assert steps.tolist() == values.tolist()
+    return steps.tolist()
 
 
-def test_the_latest_rows_are_kept() -> None:
-    record = MemoryRecord(max_rows=10)
+@pytest.mark.parametrize("count", [64, 65, 1000, 100_000])
+def test_no_more_than_max_steps_of_a_scalar_are_kept(count: int) -> None:
+    assert len(steps_of(64, count)) <= 64
+
+
+def test_up_to_max_steps_all_are_kept() -> None:
+    assert steps_of(64, 64) == list(range(64))
+
+
+@pytest.mark.parametrize("count", [65, 1000, 100_000])
+def test_the_start_is_kept(count: int) -> None:
+    assert steps_of(64, count)[:8] == list(range(8))
+
+
+@pytest.mark.parametrize("count", [65, 1000, 100_000])
+def test_the_latest_half_is_kept(count: int) -> None:
+    assert steps_of(64, count)[-32:] == list(range(count - 32, count))
+
+
+def test_between_them_one_in_so_many_steps_is_kept() -> None:
+    steps = steps_of(512, 100_000)
+    stride = steps[70] - steps[69]
+    assert stride & (stride - 1) == 0
+    assert set(range(stride, 99_000, stride)) <= set(steps)
+    assert 99_000 // stride > 40
+
+
+def test_the_first_512_of_many_are_kept() -> None:
+    steps = steps_of(1 << 13, 20_000)
+    assert steps[:512] == list(range(512))
+    assert len(set(steps) & set(range(512, 1024))) < 512
+
+
+def test_a_start_that_was_thinned_around_is_still_there_after_going_back() -> None:
+    record = MemoryRecord(max_steps=64)
+    for step in [*range(1000), *range(4, 40)]:
+        record.put_scalars(step, {"loss": step})
+    assert record.scalar("loss")[0].tolist() == list(range(40))
+
+
+def test_rows_are_kept_like_scalars() -> None:
+    record = MemoryRecord(max_rows=16)
     record.set_names("grad_norm", ["a"])
     for step in range(95):
         record.put_rows("grad_norm", step, [step])
-    assert record.rows("grad_norm")[1][:, 0].tolist() == list(range(85, 95))
+    steps, rows = record.rows("grad_norm")
+    assert steps.tolist() == rows[:, 0].tolist()
+    assert len(steps) <= 16
+    assert steps[:2].tolist() == [0, 1]
+    assert steps[-8:].tolist() == list(range(87, 95))
 
 
 def test_large_rows_are_kept_within_max_bytes() -> None:
@@ -26,15 +72,17 @@ def test_large_rows_are_kept_within_max_bytes() -> None:
     record.set_names("grad_norm", [str(i) for i in range(1000)])
     for step in range(50):
         record.put_rows("grad_norm", step, np.zeros(1000))
-    assert record.rows("grad_norm")[1].nbytes == 4000 * 20
+    assert record.rows("grad_norm")[1].nbytes <= 4000 * 20
+    assert record._rows["grad_norm"]._values.nbytes == 4000 * 20
 
 
-def test_eight_rows_are_kept_however_large_they_are() -> None:
+def test_five_rows_are_kept_however_large_they_are() -> None:
     record = MemoryRecord(max_bytes=1)
     record.set_names("grad_norm", [str(i) for i in range(1000)])
     for step in range(50):
         record.put_rows("grad_norm", step, np.zeros(1000))
-    assert record.rows("grad_norm")[0].tolist() == list(range(42, 50))
+    steps = record.rows("grad_norm")[0].tolist()
+    assert (steps[0], steps[-4:]) == (0, list(range(46, 50)))
 
 
 def test_later_records_do_not_change_an_array_that_was_given() -> None:

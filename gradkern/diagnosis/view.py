@@ -68,6 +68,14 @@ class View:
         """See `Record.scalar`."""
         return self.kept(("scalar", name), lambda: self._record.scalar(name))
 
+    def scalar_names(self) -> list[str]:
+        """See `Record.scalar_names`."""
+        return self.kept("scalar_names", self._record.scalar_names)
+
+    def kinds(self) -> list[str]:
+        """See `Record.kinds`."""
+        return self.kept("kinds", self._record.kinds)
+
     def rows(self, kind: str) -> tuple[Steps, Rows]:
         """See `Record.rows`."""
         return self.kept(("rows", kind), lambda: self._record.rows(kind))

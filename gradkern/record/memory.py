@@ -19,7 +19,9 @@ from gradkern.record.schema import (
     as_histograms,
     as_row,
     as_table,
+    check_kind,
     check_names,
+    check_scalar,
     copied,
     join,
     resumed,
@@ -39,8 +41,8 @@ MAX_EVENTS: Final = 4096
 class _Series:
     """A series of up to `limit` values: the first ones, the latest half, and some of those between.
 
-    When the buffer is full, the middle is thinned and the rest moves to a new one. Nothing is written twice in
-    a buffer: views handed out stay as they are.
+    When the buffer is full, the middle is thinned and the rest moves to a new one. Nothing is written twice
+    in a buffer: views handed out stay as they are.
     """
 
     def __init__(self, shape: tuple[int, ...], dtype: npt.DTypeLike, limit: int) -> None:
@@ -111,7 +113,7 @@ class _Series:
 
 
 class MemoryRecord:
-    """A `Record` and `Recorder` that keeps up to `max_steps` of each scalar and up to `max_rows` of each kind.
+    """A `Record` and `Recorder` that keeps up to `max_steps` of each scalar, and `max_rows` of each kind.
 
     Of more, it keeps the start (512, at most an eighth), the latest half, and of what lies between one in as
     many steps as it takes.
@@ -263,13 +265,25 @@ class MemoryRecord:
 
     def scalar(self, name: str) -> tuple[Steps, Values]:
         """See `Record.scalar`."""
-        return self._scalars[name].get() if name in self._scalars else (np.empty(0, np.int64), np.empty(0))
+        if name in self._scalars:
+            return self._scalars[name].get()
+        check_scalar(name, self.scalar_names())
+        return np.empty(0, np.int64), np.empty(0)
+
+    def scalar_names(self) -> list[str]:
+        """See `Record.scalar_names`."""
+        return list(self._scalars)
 
     def rows(self, kind: str) -> tuple[Steps, Rows]:
         """See `Record.rows`."""
         if kind in self._rows and kind != EXPONENTS:
             return self._rows[kind].get()
+        check_kind(kind, self.kinds())
         return np.empty(0, np.int64), np.empty((0, 0), np.float32)
+
+    def kinds(self) -> list[str]:
+        """See `Record.kinds`."""
+        return [kind for kind, series in self._rows.items() if kind != EXPONENTS and series.last >= 0]
 
     def names(self, kind: str) -> list[str]:
         """See `Record.names`."""

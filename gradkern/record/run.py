@@ -13,7 +13,19 @@ import numpy as np
 import numpy.typing as npt
 
 from gradkern.record import blocks, export, file
-from gradkern.record.schema import EXPONENT_COLUMNS, EXPONENTS, Exponents, Rows, Steps, Values, join, union
+from gradkern.record.schema import (
+    EXPONENT_COLUMNS,
+    EXPONENTS,
+    KINDS,
+    Exponents,
+    Rows,
+    Steps,
+    Values,
+    check_kind,
+    check_scalar,
+    join,
+    union,
+)
 from gradkern.record.store import MISSING_BITS, SCALARS
 
 
@@ -66,14 +78,17 @@ class Run:
 
     def scalar(self, name: str) -> tuple[Steps, Values]:
         """See `Record.scalar`."""
-        return self._all_scalars().get(name, (np.empty(0, np.int64), np.empty(0)))
+        found = self._all_scalars()
+        if name not in found:
+            check_scalar(name, list(found))
+        return found.get(name, (np.empty(0, np.int64), np.empty(0)))
 
     def scalar_names(self) -> list[str]:
-        """Names of the scalars that were recorded."""
+        """See `Record.scalar_names`."""
         return list(self._all_scalars())
 
     def kinds(self) -> list[str]:
-        """Kinds of the rows that were recorded."""
+        """See `Record.kinds`."""
         found = self._query(
             "SELECT kind FROM series WHERE kind NOT IN (?, ?) ORDER BY id", SCALARS, EXPONENTS
         )
@@ -81,8 +96,8 @@ class Run:
 
     def rows(self, kind: str) -> tuple[Steps, Rows]:
         """See `Record.rows`. Thinned, and at full resolution around incidents: distances of steps differ."""
-        if kind in (SCALARS, EXPONENTS):
-            return np.empty(0, np.int64), np.empty((0, 0), np.float32)
+        if kind not in KINDS:
+            check_kind(kind, self.kinds())
         return self._series(kind, "f4", ())
 
     def names(self, kind: str) -> list[str]:
@@ -125,22 +140,23 @@ class Run:
     def to_csv(self, path: str | os.PathLike[str], kind: str | None = None) -> None:
         """Write a table: column ``step``, then one for each scalar, or each name of a `kind` of rows.
 
-        A scalar that a step has no value of is empty; NaN and Inf are ``nan``, ``inf`` and ``-inf``. Numbers
-        read back are the same numbers.
+        Of kind ``"exponents"`` a name has a column for each of the 64 counts, ``weight:2^-3`` for one. A
+        scalar that a step has no value of is empty; NaN and Inf are ``nan``, ``inf`` and ``-inf``. Numbers
+        read back are the same numbers. The directory is made if it is not there.
 
         Raises:
-            ValueError: there are no rows of that kind.
+            ValueError: there are no rows of that kind, or `path` is that of the record.
         """
-        export.to_csv(self, path, kind, self.scalar_names())
+        export.to_csv(self, path, kind)
 
     def to_parquet(self, path: str | os.PathLike[str], kind: str | None = None) -> None:
-        """Write the table of `to_csv` as Parquet: int64, float64 and float32 columns, null for no value.
+        """Write the table of `to_csv` as Parquet, int64, float64, float32 or int32, null for no value.
 
         Raises:
-            ValueError: there are no rows of that kind.
+            ValueError: there are no rows of that kind, or `path` is that of the record.
             ImportError: pyarrow is not installed.
         """
-        export.to_parquet(self, path, kind, self.scalar_names())
+        export.to_parquet(self, path, kind)
 
     def _query(self, statement: str, *values: Any) -> list[tuple[Any, ...]]:
         with file.damage(self.path, "Run"):

@@ -29,7 +29,10 @@ Rows: TypeAlias = npt.NDArray[np.float32]
 Exponents: TypeAlias = npt.NDArray[np.int32]
 """``[k, n, 64]``, a histogram for each step and name."""
 
-EXPONENT_COLUMNS: Final = 64
+EXPONENT_LABELS: Final = ("zero", "subnormal", "nonfinite", *(f"2^{exponent}" for exponent in range(-44, 17)))
+"""What the columns of a histogram count, see `EXPONENTS`."""
+
+EXPONENT_COLUMNS: Final = len(EXPONENT_LABELS)
 
 SCALARS: Final[Mapping[str, str]] = {
     "loss": "the loss as it was handed in",
@@ -101,7 +104,8 @@ EVENTS: Final[Mapping[str, str]] = {
 class Record(Protocol):
     """A training run as the detectors see it. Reading changes nothing; arrays may be read-only views.
 
-    What was never recorded is empty, not an error: a detector asks and looks at the length.
+    What was never recorded is empty, not an error: a detector asks and looks at the length. A name that is
+    neither one of `SCALARS` or `KINDS` nor in the record is a ValueError that lists those that are.
     """
 
     @property
@@ -113,8 +117,16 @@ class Record(Protocol):
         """Steps int64 ``[k]`` and values float64 ``[k]`` of one of `SCALARS`, or of another name put in."""
         ...
 
+    def scalar_names(self) -> list[str]:
+        """Names of the scalars that were recorded."""
+        ...
+
     def rows(self, kind: str) -> tuple[Steps, Rows]:
         """Steps int64 ``[k]`` and values float32 ``[k, n]`` of one of `KINDS`, columns as `names(kind)`."""
+        ...
+
+    def kinds(self) -> list[str]:
+        """Kinds of the rows that were recorded."""
         ...
 
     def names(self, kind: str) -> list[str]:
@@ -208,6 +220,24 @@ def join(old: Sequence[str], new: Sequence[str]) -> list[str]:
     """
     known = set(new)
     return [*new, *(name for name in old if name not in known)]
+
+
+def check_scalar(name: str, recorded: Sequence[str]) -> None:
+    """ValueError for a name that is neither among `recorded` nor in `SCALARS`."""
+    if name not in SCALARS and name not in recorded:
+        raise ValueError(
+            f"scalar: there is no scalar {name!r}. Recorded are: {', '.join(recorded) or 'none yet'}."
+        )
+
+
+def check_kind(kind: str, recorded: Sequence[str]) -> None:
+    """ValueError for a kind of rows that is neither among `recorded` nor in `KINDS`."""
+    if kind not in KINDS and kind not in recorded:
+        other = "exponents()" if kind == EXPONENTS else "scalar(name)" if kind == "scalars" else ""
+        raise ValueError(
+            f"rows: there are no rows of kind {kind!r}. Recorded are: {', '.join(recorded) or 'none yet'}."
+            + (f" Use {other} for these." if other else "")
+        )
 
 
 def as_row(kind: str, values: npt.ArrayLike, numel: int) -> Rows:

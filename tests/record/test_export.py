@@ -85,7 +85,51 @@ def test_without_pyarrow_the_error_names_the_extra(
     assert not (tmp_path / "out.parquet").exists()
 
 
-def test_a_kind_that_was_not_recorded_is_refused(run: Run, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="no rows of kind 'act_dead'"):
-        run.to_csv(tmp_path / "out.csv", "act_dead")
+@pytest.mark.parametrize("kind", ["act_dead", "scalars", "nonsense"])
+def test_a_kind_that_was_not_recorded_is_refused_with_those_that_were(
+    run: Run, tmp_path: Path, kind: str
+) -> None:
+    with pytest.raises(
+        ValueError, match=rf"no rows of kind '{kind}' in .*\. Recorded are: grad_norm\. Scalars come without"
+    ):
+        run.to_csv(tmp_path / "out.csv", kind)
     assert not (tmp_path / "out.csv").exists()
+
+
+def test_histograms_have_a_column_for_each_count(tmp_path: Path) -> None:
+    histogram = np.arange(128).reshape(2, 64)
+    with Writer(tmp_path / "run.gk") as writer:
+        writer.set_names("exponents", ["a", "b"])
+        writer.put_exponents(3, histogram)
+    with Run.open(tmp_path / "run.gk") as run:
+        run.to_csv(tmp_path / "out.csv", "exponents")
+    header, row = read(tmp_path / "out.csv")
+    assert (header[:5], header[64], header[65]) == (
+        ["step", "a:zero", "a:subnormal", "a:nonfinite", "a:2^-44"],
+        "a:2^16",
+        "b:zero",
+    )
+    assert row == [str(number) for number in [3, *range(128)]]
+
+
+def test_histograms_go_to_parquet(tmp_path: Path) -> None:
+    parquet = pytest.importorskip("pyarrow.parquet")
+    with Writer(tmp_path / "run.gk") as writer:
+        writer.set_names("exponents", ["a"])
+        writer.put_exponents(3, np.arange(64)[None])
+    with Run.open(tmp_path / "run.gk") as run:
+        run.to_parquet(tmp_path / "out.parquet", "exponents")
+    assert parquet.read_table(tmp_path / "out.parquet")["a:2^16"].to_pylist() == [63]
+
+
+@pytest.mark.parametrize("other", ["run.gk", "link.gk", "run.gk-wal"])
+def test_a_table_does_not_overwrite_the_record(run: Run, tmp_path: Path, other: str) -> None:
+    (tmp_path / "link.gk").symlink_to(tmp_path / "run.gk")
+    with pytest.raises(ValueError, match=rf"to_csv: .*{other} is the record itself, which would be lost"):
+        run.to_csv(tmp_path / other)
+    assert run.steps.tolist() == [0, 1, 2, 3]
+
+
+def test_the_directory_of_a_table_is_made(run: Run, tmp_path: Path) -> None:
+    run.to_csv(tmp_path / "tables" / "of" / "out.csv")
+    assert read(tmp_path / "tables" / "of" / "out.csv")[0] == ["step", "loss", "lr"]

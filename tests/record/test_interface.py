@@ -203,6 +203,32 @@ def test_what_was_never_recorded_is_empty(recorded: Recorded) -> None:
         assert record.names("grad_norm") == []
 
 
+def test_a_name_that_nothing_has_is_refused_with_those_there_are(recorded: Recorded) -> None:
+    def fill(recorder: Recorder) -> None:
+        recorder.put_scalars(0, {"loss": 1, "mine": 2})
+        recorder.set_names("grad_norm", ["a"])
+        recorder.put_rows("grad_norm", 0, [1])
+
+    with recorded(fill) as record:
+        with pytest.raises(ValueError, match=r"no scalar 'learning_rate'\. Recorded are: loss, mine\."):
+            record.scalar("learning_rate")
+        with pytest.raises(ValueError, match=r"no rows of kind 'gradnorm'\. Recorded are: grad_norm\."):
+            record.rows("gradnorm")
+
+
+def test_names_and_kinds_of_what_was_recorded_are_listed(recorded: Recorded) -> None:
+    def fill(recorder: Recorder) -> None:
+        recorder.put_scalars(0, {"loss": 1, "mine": 2})
+        recorder.set_names("exponents", ["a"])
+        recorder.set_names("grad_norm", ["a"])
+        recorder.set_names("weight_norm", ["a"])
+        recorder.put_exponents(0, np.zeros((1, 64)))
+        recorder.put_rows("grad_norm", 0, [1])
+
+    with recorded(fill) as record:
+        assert (record.scalar_names(), record.kinds()) == (["loss", "mine"], ["grad_norm"])
+
+
 def test_an_empty_record_is_empty(recorded: Recorded) -> None:
     with recorded(lambda recorder: None) as record:
         assert (record.steps.tolist(), record.meta, record.events) == ([], {}, [])

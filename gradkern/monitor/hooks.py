@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from gradkern import ops
 from gradkern.monitor.host import Floats, Parcel, is_plain
 from gradkern.monitor.meta import ForwardOrder, tensors_in
-from gradkern.monitor.passes import Hook, can_train, is_aside
+from gradkern.monitor.passes import Hook, can_train, is_aside, modules_to_wait_on
 
 log = logging.getLogger("gradkern")
 
@@ -77,11 +77,11 @@ class Observer:
     """Looks at what the modules of a model give and get back, for one step at a time.
 
     The step begins with the first forward pass that trains: in training mode, with gradients. Evaluations and
-    passes without gradients before it are passed over; the evaluation mode counts only for a model whose last
-    observed step had no other. Of each module the first call of the step is looked at, and of an output with
-    several tensors the first. Code that runs compiled is not looked at: there the hooks leave nothing in the
-    graph. Under activation checkpointing the forward pass counts once, and gradients come from whichever pass
-    backward runs through.
+    passes without gradients before it are passed over, and compute as without hooks; the evaluation mode counts
+    only for a model whose last observed step had no other. Of each module the first call of the step is looked
+    at, and of an output with several tensors the first. Code that runs compiled is not looked at: there the
+    hooks leave nothing in the graph. Under activation checkpointing the forward pass counts once, and gradients
+    come from whichever pass backward runs through.
 
     Args:
         model: whose modules, itself left out.
@@ -94,6 +94,7 @@ class Observer:
         self.is_on = False
         self._model = model
         self._handles: list[Any] = []
+        self._waiting: dict[str, nn.Module] = {}  # those that have hooks before the step begins
         self._parcel = Parcel()
         self._seen: set[str] = set()
         self._followed: set[str] = set()  # modules whose output gradients come
@@ -112,12 +113,28 @@ class Observer:
         self.is_on = True
         self._parcel, self._seen, self._followed, self._dims = Parcel(), set(), set(), {}
         self._mode, self._was_called = None, False
+        self._waiting = modules_to_wait_on(self._model)
+        for path, module in self._waiting.items():
+            self._add_enter(path, module)
+
+    def _add_enter(self, path: str, module: nn.Module) -> None:
+        hook = Hook(partial(self._enter, path))
+        self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+
+    def _begin(self) -> None:
+        """The step begins: add the other hooks."""
+        self._mode = self._model.training
         for path, module in self._model.named_modules():
-            if not isinstance(module, torch.jit.ScriptModule):
-                enter, leave = Hook(partial(self._enter, path)), Hook(partial(self._leave, path))
-                self._handles.append(module.register_forward_pre_hook(enter, with_kwargs=True))
-                if path:
-                    self._handles.append(module.register_forward_hook(leave))
+            if not path or isinstance(module, torch.jit.ScriptModule):
+                continue
+            if path not in self._waiting:
+                self._add_enter(path, module)
+            self._handles.append(module.register_forward_hook(Hook(partial(self._leave, path))))
+        if self._amp is None:
+            device = next((p.device.type for p in self._model.parameters()), "cpu")
+            enabled = torch.is_autocast_enabled(device)
+            dtype = str(torch.get_autocast_dtype(device)).removeprefix("torch.") if enabled else None
+            self._amp = {"enabled": enabled, "dtype": dtype}
 
     def remove(self) -> None:
         """Take the hooks away: the step's passes are over."""
@@ -125,7 +142,7 @@ class Observer:
             self._trains_in_eval = self._was_called if self._mode is None else not self._mode
         for handle in self._handles:
             handle.remove()
-        self._handles, self._dims = [], {}
+        self._handles, self._dims, self._waiting = [], {}, {}
 
     def take(self) -> Parcel | None:
         """The step is over: what was seen, None if nothing was. Names are ``kind/module``."""
@@ -150,13 +167,11 @@ class Observer:
             if not (self._trains_in_eval or (module.training and self._model.training)):
                 self._was_called = True
                 return False
-            self._mode = self._model.training
-            if self._amp is None:
-                device = next((p.device.type for p in self._model.parameters()), "cpu")
-                enabled = torch.is_autocast_enabled(device)
-                dtype = str(torch.get_autocast_dtype(device)).removeprefix("torch.") if enabled else None
-                self._amp = {"enabled": enabled, "dtype": dtype}
-        return self._model.training == self._mode
+            self._begin()
+        elif self._model.training != self._mode:  # an evaluation behind the step's passes
+            self.remove()
+            return False
+        return True
 
     def _enter(self, path: str, module: nn.Module, args: Any, kwargs: Any) -> None:
         try:
@@ -167,8 +182,7 @@ class Observer:
 
     def _leave(self, path: str, module: nn.Module, args: Any, output: Any) -> None:
         try:
-            # A call that began before the step did is none of it.
-            if self._mode is not None and self._belongs(module):
+            if self._belongs(module):
                 self._look(path, module, args, output)
         except Exception as error:
             self._give_up(error)

@@ -33,6 +33,20 @@ def is_aside() -> bool:
     return _aside > 0
 
 
+def modules_to_wait_on(model: nn.Module) -> dict[str, nn.Module]:
+    """Modules on which hooks leave an evaluation as it is, by path.
+
+    An `nn.TransformerEncoderLayer` computes in another way where it or a module inside it has one.
+    """
+    layers = [module for module in model.modules() if isinstance(module, nn.TransformerEncoderLayer)]
+    inside = {id(module) for layer in layers for module in layer.modules()}
+    return {
+        path: module
+        for path, module in model.named_modules()
+        if id(module) not in inside and not isinstance(module, torch.jit.ScriptModule)
+    }
+
+
 class Hook:
     """A hook on a module, forward or before it, that code which is compiled does not see.
 

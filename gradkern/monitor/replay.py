@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
-from gradkern.monitor.passes import Hook, aside, can_train, is_aside
+from gradkern.monitor.passes import Hook, aside, can_train, is_aside, modules_to_wait_on
 
 log = logging.getLogger("gradkern")
 
@@ -104,9 +104,7 @@ class Replay:
         self._inside = contextlib.ExitStack()
         hook = Hook(self._before_forward)
         self._handles = [
-            module.register_forward_pre_hook(hook)
-            for module in model.modules()
-            if not isinstance(module, torch.jit.ScriptModule)
+            module.register_forward_pre_hook(hook) for module in modules_to_wait_on(model).values()
         ]
 
     def watch(self, optimizer: torch.optim.Optimizer) -> None:

@@ -204,7 +204,7 @@ def test_hooks_are_there_on_their_steps_only() -> None:
     hooked = []
     with Monitor(model, optimizer, activations_every=3) as monitor:
         for _ in range(7):
-            hooked.append(bool(model[0]._forward_hooks))
+            hooked.append(bool(model[0]._forward_pre_hooks))
             loss = model(torch.ones(2, 3)).sum()
             loss.backward()
             optimizer.step()
@@ -252,6 +252,34 @@ def test_evaluations_between_steps_hide_nothing(every: int) -> None:
         steps, rows = monitor.record.rows(kind)
         assert steps.tolist() == list(range(0, 4, every))
         assert rows.max() < 1e3
+
+
+@pytest.mark.parametrize("when", ["before a step", "behind a step"])
+def test_evaluations_take_the_path_that_they_take_without_hooks(
+    when: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    model = nn.Sequential(nn.Linear(8, 8), nn.TransformerEncoder(layer, 2, enable_nested_tensor=False))
+    x = torch.randn(2, 3, 8)
+    fast = 0
+    forward = torch._transformer_encoder_layer_fwd
+
+    def counted(*args: Any) -> Tensor:
+        nonlocal fast
+        fast += 1
+        return forward(*args)
+
+    monkeypatch.setattr(torch, "_transformer_encoder_layer_fwd", counted)
+    with Monitor(model, activations_every=1, keep_batch=True) as monitor:
+        if when == "behind a step":
+            model(x).sum().backward()
+        with torch.no_grad():
+            model.eval()(x)
+        assert fast == 2
+        if when == "before a step":
+            model.train()(x).sum().backward()
+        monitor.step(1.0)
+    assert "1.layers.0.linear1" in monitor.record.names("out_grad_norm")
 
 
 def test_a_model_that_trains_in_evaluation_mode_is_observed_from_the_second_time_on() -> None:

@@ -192,6 +192,7 @@ class Store:
         self.parameters: dict[str, list[int]] = {}
         self._incidents: list[int] = []
         self._new_incidents: list[tuple[int, int]] = []
+        self._incident_steps: deque[int] = deque(maxlen=retention.LATEST_INCIDENTS)
         self._next_incident = 1
         self._flight: tuple[int, int] | None = None  # the latest incident and its last step
         self.latest_step = 0
@@ -284,12 +285,14 @@ class Store:
         self._events.append((step, kind, json.dumps(detail)))
 
     def take_incident(self, step: int) -> None:
-        """Keep what is known around `step`, unless it is part of the last incident."""
-        if self._flight is not None and self._flight[1] - retention.FLIGHT_AFTER <= step <= self._flight[1]:
+        """Keep what is known around `step`, unless it is part of an incident."""
+        if any(at <= step <= at + retention.FLIGHT_AFTER for at in self._incident_steps):
             return
+        self._incident_steps.append(step)
         number = self._next_incident
         self._next_incident += 1
-        self._flight = (number, step + retention.FLIGHT_AFTER)
+        if self._flight is None or step + retention.FLIGHT_AFTER > self._flight[1]:
+            self._flight = (number, step + retention.FLIGHT_AFTER)
         self._new_incidents.append((number, step))
         for series in self._series.values():
             for at, row, layout in series.ring:
@@ -323,6 +326,7 @@ class Store:
         for series in self._series.values():
             series.waiting = [chunk for chunk in series.waiting if chunk.incident not in gone]
         self._flight = None
+        self._incident_steps.clear()
         self.latest_step = step
         self._cut = step if self._cut is None else min(self._cut, step)
         self.take_event(step, "resumed", resumed(step, until))

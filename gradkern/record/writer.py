@@ -199,7 +199,8 @@ class Writer:
     def incident(self, step: int) -> None:
         """Keep the rows of the 256 steps up to `step`, which must have been put, and of 32 after it.
 
-        An incident among those 32 steps is taken for the same one.
+        An incident among those 32 steps is taken for the same one. Of one that is noticed late, what is kept
+        are those of these rows that are among the latest 256 steps.
         """
         self._enter(self._store.take_incident, (int(step),), 0)
 

@@ -196,6 +196,19 @@ def test_an_incident_on_every_step_is_one_incident_in_33_steps(path: Path) -> No
         assert run.incidents == list(range(0, 990, 33))
 
 
+def test_an_incident_that_is_noticed_late_is_kept_as_far_as_it_is_known(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(retention, "MAX_ROWS", 200)
+    with Writer(path) as recorder:
+        put(recorder, range(3000), incidents=[2990])
+        recorder.incident(2900)
+        put(recorder, range(3000, 6000))
+    assert set(row_steps(path)).issuperset([*range(2744, 2933), *range(2990, 3023)])
+    with Run.open(path) as run:
+        assert run.incidents == [2990, 2900]
+
+
 def test_the_file_with_its_log_stays_below_max_bytes(path: Path) -> None:
     limit = 2 << 20
     names = [f"layer{i}.weight" for i in range(100)]

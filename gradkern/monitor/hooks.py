@@ -76,12 +76,12 @@ _SATURATES: Final[dict[type[nn.Module], Callable[[Tensor], Tensor]]] = {
 class Observer:
     """Looks at what the modules of a model give and get back, for one step at a time.
 
-    The step begins with the first forward pass that trains: in training mode, with gradients. Evaluations and
-    passes without gradients before it are passed over, and compute as without hooks; the evaluation mode counts
-    only for a model whose last observed step had no other. Of each module the first call of the step is looked
-    at, and of an output with several tensors the first. Code that runs compiled is not looked at: there the
-    hooks leave nothing in the graph. Under activation checkpointing the forward pass counts once, and gradients
-    come from whichever pass backward runs through.
+    The step begins with the first forward pass that trains: in training mode, with gradients. Evaluations
+    and passes without gradients before it are passed over, and compute as without hooks; the evaluation mode
+    counts only for a model whose last observed step had no other. Of each module the first call of the step
+    is looked at, and of an output with several tensors the first. Code that runs compiled is not looked at:
+    there the hooks leave nothing in the graph. Under activation checkpointing the forward pass counts once,
+    and gradients come from whichever pass backward runs through.
 
     Args:
         model: whose modules, itself left out.
@@ -168,9 +168,12 @@ class Observer:
                 self._was_called = True
                 return False
             self._begin()
-        elif self._model.training != self._mode:  # an evaluation behind the step's passes
-            self.remove()
-            return False
+        elif self._model.training != self._mode:
+            if self._mode or not can_train():  # an evaluation behind the step's passes
+                self.remove()
+                return False
+            self._mode = True  # what was seen was an evaluation, and the model trains in training mode
+            self._parcel, self._seen, self._followed = Parcel(), set(), set()
         return True
 
     def _enter(self, path: str, module: nn.Module, args: Any, kwargs: Any) -> None:

@@ -287,6 +287,21 @@ def test_a_model_that_trains_in_evaluation_mode_is_observed_from_the_second_time
     assert monitor.record.rows("out_grad_norm")[0].tolist() == [1, 2]
 
 
+def test_evaluations_with_gradients_are_not_observed_even_behind_a_step_that_had_no_other_pass() -> None:
+    model, x = two_layers(), torch.ones(2, 3)
+    with Monitor(model, activations_every=1) as monitor:
+        model.eval()(1e9 * x)
+        monitor.step(1.0)
+        for _ in range(2):
+            model.eval()(1e9 * x)
+            model.train()(x).sum().backward()
+            monitor.step(1.0)
+    for kind in ("act_abs_max", "out_grad_norm"):
+        steps, rows = monitor.record.rows(kind)
+        assert steps.tolist() == [1, 2]
+        assert rows.max() < 1e3
+
+
 def test_parts_of_a_model_may_be_called_by_themselves() -> None:
     model = two_layers()
     with Monitor(model, activations_every=1) as monitor:

@@ -11,7 +11,7 @@ import logging
 import math
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
@@ -41,7 +41,10 @@ class Sink(Protocol):
     ``grad/clipped_fraction`` (of the steps since the last call), ``grad/nonfinite`` (NaN and Inf elements
     since then), ``grad/skipped`` (steps since then), and where asked for, ``grad_norm/<parameter>``. Numbers
     are means of the finite values since the last call. The first step since then on which one is NaN or Inf
-    is written by itself, as it is.
+    is written by itself, as it is; at the end of a window, its NaN and Inf take the place of the means. What
+    is left when the monitor is closed is written then.
+
+    A method ``close()``, if there is one, is called when the monitor is closed.
     """
 
     def write(self, step: int, values: dict[str, float]) -> None:
@@ -50,7 +53,9 @@ class Sink(Protocol):
 
 
 class LogSink:
-    """Writes a line to Python's `logging`.
+    """Writes a line to Python's `logging`, which shows it only where it is set up for `level`.
+
+    Python by itself shows warnings and errors; `logging.basicConfig(level=logging.INFO)` shows these too.
 
     >>> import logging
     >>> from gradkern.monitor import LogSink
@@ -78,10 +83,13 @@ class JsonLinesSink:
     NaN and Inf, which JSON has no numbers for, become the words "nan", "inf" and "-inf".
 
     Args:
-        path: of the file; made if it is not there, else appended to.
+        path: of the file; it and its directory are made if they are not there, else it is appended to.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
+        if not isinstance(path, (str, os.PathLike)):
+            raise TypeError(f"JsonLinesSink: path must be text or a path, got {type(path).__name__}.")
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
         self._file = Path(path).open("a", encoding="utf-8", buffering=1)  # noqa: SIM115
 
     def write(self, step: int, values: dict[str, float]) -> None:
@@ -125,8 +133,9 @@ class TensorBoardSink:
 class WandbSink:
     """Logs to a run of Weights & Biases.
 
-    Every call is one `run.log` with the step among its values (``gradkern/step``), as its own x axis: it
-    neither needs nor disturbs the step that W&B counts for the rest of the run.
+    The step is among the values (``gradkern/step``) and their x axis; loss and learning rate are called
+    ``gradkern/loss`` and ``gradkern/lr`` beside your own. Values go into the row that your next `run.log`
+    ends, so that the steps W&B counts stay yours. Only where none came since the last call, a row is ended.
 
     Args:
         run: what `wandb.init` gave; by default the run that is active.
@@ -141,12 +150,23 @@ class WandbSink:
         if run is None:
             raise ValueError("WandbSink: no run is active. Call wandb.init() first, or pass a run.")
         self._run = run
-        for pattern in ("grad/*", "grad_norm/*"):
+        self._row: int | None = -1  # the row of W&B that our latest values are in
+        for pattern in ("gradkern/loss", "gradkern/lr", "grad/*", "grad_norm/*"):
             run.define_metric(pattern, step_metric="gradkern/step")
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """See `Sink.write`."""
-        self._run.log({"gradkern/step": step, **values})
+        if self._row == self._open_row():
+            # They would take the place of those before.
+            self._run.log({}, commit=True)
+        named = {name if "/" in name else f"gradkern/{name}": value for name, value in values.items()}
+        self._run.log({"gradkern/step": step, **named}, commit=False)
+        self._row = self._open_row()
+
+    def _open_row(self) -> int | None:
+        # `run.step` would ask another process and wait for its answer. Unknown, every call gets a row.
+        row: int | None = getattr(self._run, "_local_step", None)
+        return row
 
 
 class MlflowSink:
@@ -182,35 +202,51 @@ class Outlet:
     """Calls sinks at a bounded rate, and leaves out those that fail.
 
     Args:
-        sinks: to be called.
+        sinks: to be called. TypeError if one cannot be.
         every: steps between two calls.
         per_tensor: whether the norm of every gradient is sent too.
     """
 
     def __init__(self, sinks: Sequence[Sink], every: int, per_tensor: bool) -> None:
+        if callable(getattr(sinks, "write", None)) or not isinstance(sinks, Iterable):
+            raise TypeError(f"Monitor: sinks must be a list of sinks, got {sinks!r}. Pass sinks=[...].")
+        for sink in sinks:
+            if isinstance(sink, type) or not callable(getattr(sink, "write", None)):
+                raise TypeError(f"Monitor: a sink needs a method write(step, values), got {sink!r}.")
         self._sinks, self._every, self._per_tensor = list(sinks), every, per_tensor
-        self._window, self._told_nonfinite = Window(), False
+        self._window = Window()
+        self._last: tuple[Step, Sequence[str]] | None = None
+        self._bad_at: int | None = None  # the first step since the last call with NaN or Inf
 
     def __bool__(self) -> bool:
         return bool(self._sinks)
 
     def tell(self, step: Step, names: Sequence[str]) -> None:
         """Take a step; call the sinks if it is time. `names`: of the parameters."""
+        self._last = step, names
+        self._window.add(step.scalars)
         is_bad = any(
             not math.isfinite(step.scalars.get(name, 0.0))
             for name in ("loss", "grad_norm", "grad_clipped_norm")
         )
-        self._window.add(step.scalars)
-        values: dict[str, float] = {}
+        is_first = is_bad and self._bad_at is None
+        if is_first:
+            self._bad_at = step.number
         if (step.number + 1) % self._every == 0:
-            values, self._told_nonfinite = self._window.take(), False
-        elif is_bad and not self._told_nonfinite:
-            # Shown at once and as it is: the averages leave it out.
-            single = Window()
-            single.add(step.scalars)
-            values, self._told_nonfinite = single.take(), True
-        if not values:
-            return
+            self._write_window(step, names)
+        elif is_first:
+            self._write(step, names, _values_of(step))
+
+    def _write_window(self, step: Step, names: Sequence[str]) -> None:
+        """Write the means of a window that ends with `step`."""
+        values = self._window.take()
+        if self._bad_at == step.number:
+            values.update((name, v) for name, v in _values_of(step).items() if not math.isfinite(v))
+        self._bad_at = None
+        if values:
+            self._write(step, names, values)
+
+    def _write(self, step: Step, names: Sequence[str], values: dict[str, float]) -> None:
         if self._per_tensor and step.rows is not None:
             columns = range(len(step.rows)) if step.columns is None else step.columns
             for row, column in zip(step.rows.tolist(), columns, strict=True):
@@ -219,7 +255,7 @@ class Outlet:
                     values[f"grad_norm/{names[column]}"] = norm
         for sink in list(self._sinks):
             try:
-                sink.write(step.number, values)
+                sink.write(step.number, dict(values))
             except Exception as error:
                 self._sinks.remove(sink)
                 log.warning(
@@ -230,7 +266,10 @@ class Outlet:
                 )
 
     def close(self) -> None:
-        """Close the sinks that can be closed."""
+        """Write what is left, and close the sinks that can be closed."""
+        if self._last is not None:
+            self._write_window(*self._last)
+            self._last = None
         for sink in self._sinks:
             close = getattr(sink, "close", None)
             if callable(close):
@@ -277,10 +316,18 @@ _MEANS: Final = {
 _SUMS: Final = {"nonfinite_count": "grad/nonfinite", "skipped": "grad/skipped"}
 
 
+def _values_of(step: Step) -> dict[str, float]:
+    """The numbers of one step, as they are."""
+    window = Window()
+    window.add(step.scalars)
+    return window.take()
+
+
 def _mean(values: list[float]) -> float:
     """Of the finite values; of none of them finite, the last one."""
     finite = [value for value in values if math.isfinite(value)]
-    return sum(finite) / len(finite) if finite else values[-1]
+    # Rounded, the mean of equal values need not be among them.
+    return min(max(math.fsum(finite) / len(finite), min(finite)), max(finite)) if finite else values[-1]
 
 
 def _missing(sink: str, package: str) -> str:

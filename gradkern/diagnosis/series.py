@@ -121,40 +121,62 @@ def spikes(
     step = math.log10(ratio)
     # The median of (half of) a window is at least its minimum, which is cheaper and rules almost all out.
     padded = np.concatenate([np.full(window, np.inf), logs])
-    lowest = np.lib.stride_tricks.sliding_window_view(padded, window).min(axis=1)[: len(logs)]
-    found = []
-    for position in np.flatnonzero(logs - lowest >= step):
-        if position < least:
-            continue
-        level, error = _recent(logs[max(0, position - window) : position])
-        jump = logs[position] - level
-        if jump >= step and (score := jump / max(error, LEAST_SPREAD)) >= z:
-            found.append((int(where[position]), score, power10(jump)))
-    return found
+    windows = np.lib.stride_tricks.sliding_window_view(padded, window)[: len(logs)]
+    places = np.flatnonzero(logs - windows.min(axis=1) >= step)
+    late = np.median(windows[places][:, window // 2 :], axis=1)  # Inf where the window is not full
+    places = places[(places >= least) & ((places < window) | (logs[places] - late >= step))]
+    jumps, errors = np.empty(len(places)), np.empty(len(places))
+    early = places < window  # whose windows are shorter
+    for index in np.flatnonzero(early):
+        level, error = _recent(logs[None, : places[index]])
+        jumps[index], errors[index] = logs[places[index]] - level[0], error[0]
+    level, errors[~early] = _recent(windows[places[~early]])
+    jumps[~early] = logs[places[~early]] - level
+    scores = jumps / np.maximum(errors, LEAST_SPREAD)
+    return [
+        (int(where[places[i]]), float(scores[i]), power10(float(jumps[i])))
+        for i in np.flatnonzero((jumps >= step) & (scores >= z))
+    ]
 
 
-def _recent(window: Floats) -> tuple[float, float]:
-    """The level of the later half of a window, and the spread around the trend from one half to the other.
+def _recent(windows: Floats) -> tuple[Floats, Floats]:
+    """Of each row the level of its later half, and the spread around the trend from one half to the other.
 
     Without the trend the fall of a loss that is learning would pass for noise.
     """
-    half = len(window) // 2
-    early, late = float(np.median(window[:half])), float(np.median(window[half:]))
-    slope = (late - early) / (len(window) / 2)
-    return late, min(spread(window - slope * np.arange(len(window))), spread(window))
+    length = windows.shape[1]
+    half = length // 2
+    early, late = np.median(windows[:, :half], axis=1), np.median(windows[:, half:], axis=1)
+    slope = (late - early) / (length / 2)
+    level = windows - slope[:, None] * np.arange(length)
+    spreads = [
+        MAD_TO_SIGMA * np.median(np.abs(values - np.median(values, axis=1, keepdims=True)), axis=1)
+        for values in (level, windows)
+    ]
+    return late, np.minimum(*spreads)
 
 
 def fit(x: npt.ArrayLike, y: npt.ArrayLike) -> Line:
     """The least-squares line through the points with finite `y`; slope and r2 are 0 for fewer than 3."""
-    xs, ys = np.asarray(x, np.float64), np.asarray(y, np.float64)
-    kept = np.isfinite(ys) & np.isfinite(xs)
-    xs, ys = xs[kept], ys[kept]
-    if len(xs) < 3 or np.ptp(xs) == 0:
-        return Line(0.0, float(ys.mean()) if len(ys) else math.nan, 0.0)
-    slope, intercept = np.polyfit(xs, ys, 1)
-    total = float(np.square(ys - ys.mean()).sum())
-    left = float(np.square(ys - (slope * xs + intercept)).sum())
-    return Line(float(slope), float(intercept), 1.0 - left / total if total > 0 else 0.0)
+    slopes, intercepts, shares = fits(x, np.asarray(y, np.float64)[None])
+    return Line(float(slopes[0]), float(intercepts[0]), float(shares[0]))
+
+
+def fits(x: npt.ArrayLike, rows: Floats) -> tuple[Floats, Floats, Floats]:
+    """`fit` of each row of ``[k, n]``: slopes, intercepts and r2, ``[k]`` each."""
+    xs = np.broadcast_to(np.asarray(x, np.float64), rows.shape)
+    kept = np.isfinite(rows)
+    number = kept.sum(axis=1)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        x_mean = np.where(kept, xs, 0.0).sum(axis=1) / number
+        y_mean = np.where(kept, rows, 0.0).sum(axis=1) / number
+        dx = np.where(kept, xs - x_mean[:, None], 0.0)
+        dy = np.where(kept, rows - y_mean[:, None], 0.0)
+        xx, xy, yy = (dx * dx).sum(axis=1), (dx * dy).sum(axis=1), (dy * dy).sum(axis=1)
+        is_line = (number >= 3) & (xx > 0)
+        slopes = np.where(is_line, xy / xx, 0.0)
+        shares = np.where(is_line & (yy > 0), xy * xy / (xx * yy), 0.0)
+    return slopes, y_mean - slopes * x_mean, shares
 
 
 def trailing_medians(values: npt.ArrayLike, width: int) -> Floats:

@@ -95,3 +95,37 @@ def test_at_gives_the_latest_value_before_a_step() -> None:
 def test_zeros_are_no_level_to_spike_from() -> None:
     values = [0.0] * 40 + [1.0] * 10
     assert series.spikes(values, window=32, least=20, z=8.0, ratio=10.0) == []
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_spikes_are_those_of_the_definition_position_by_position(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    values = np.exp(rng.standard_t(2, 400) * rng.random())
+    values[rng.integers(0, 400, 5)] *= 100
+    values[rng.integers(0, 400, 3)] = math.nan
+    where = np.flatnonzero(np.isfinite(values))
+    logs = np.log10(values[where])
+    expected = []
+    for position in range(20, len(logs)):
+        window = logs[max(0, position - 128) : position]
+        half = len(window) // 2
+        early, late = np.median(window[:half]), np.median(window[half:])
+        level = window - (late - early) / (len(window) / 2) * np.arange(len(window))
+        error = min(1.4826 * np.median(np.abs(part - np.median(part))) for part in (level, window))
+        jump = logs[position] - late
+        if jump >= math.log10(3.0) and jump / max(error, 0.02) >= 4.0:
+            expected.append(int(where[position]))
+    found = series.spikes(values, window=128, least=20, z=4.0, ratio=3.0)
+    assert [place for place, _, _ in found] == expected
+
+
+def test_lines_of_rows_are_those_of_each_row() -> None:
+    rng = np.random.default_rng(1)
+    rows = rng.normal(size=(6, 9)) + np.arange(9)
+    rows[2, 3:5] = math.nan
+    slopes, intercepts, shares = series.fits(np.arange(9), rows)
+    for row, slope, intercept, share in zip(rows, slopes, intercepts, shares, strict=True):
+        kept = np.isfinite(row)
+        expected = np.polyfit(np.arange(9)[kept], row[kept], 1)
+        assert (slope, intercept) == pytest.approx(tuple(expected), rel=1e-10)
+        assert share == pytest.approx(np.corrcoef(np.arange(9)[kept], row[kept])[0, 1] ** 2, rel=1e-10)

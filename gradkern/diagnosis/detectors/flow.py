@@ -188,31 +188,27 @@ def _chain(view: View) -> Chain | None:
     return Chain(layers, np.asarray(steps[picked]), series.log10(norms))
 
 
-def _lines(logs: Floats) -> list[series.Line]:
-    """A line for each row; of rows with fewer than `DEPTH_LEAST` finite values one that explains nothing."""
-    x = np.arange(logs.shape[1])
-    return [
-        series.fit(x, row) if np.isfinite(row).sum() >= DEPTH_LEAST else series.Line(0.0, 0.0, 0.0)
-        for row in logs
-    ]
+def _lines(logs: Floats) -> tuple[Floats, Floats]:
+    """Slope and r2 of the line of each row; 0 for rows with fewer than `DEPTH_LEAST` finite values."""
+    slopes, _, shares = series.fits(np.arange(logs.shape[1]), logs)
+    enough = np.isfinite(logs).sum(axis=1) >= DEPTH_LEAST
+    return np.where(enough, slopes, 0.0), np.where(enough, shares, 0.0)
 
 
 def _over_depth(view: View) -> list[Finding]:
     layers = chain(view)
     if layers is None:
         return []
-    lines = _lines(layers.logs)
+    slopes, shares = _lines(layers.logs)
     spans = len(layers.names) - 1
-    holds = np.array([
-        line.r2 >= DEPTH_R2 and -line.slope >= max(math.log10(DEPTH_FACTOR), math.log10(DEPTH_TOTAL) / spans)
-        for line in lines
-    ])  # fmt: skip
+    least = max(math.log10(DEPTH_FACTOR), math.log10(DEPTH_TOTAL) / spans)
+    holds = (shares >= DEPTH_R2) & (-slopes >= least)
     trouble = health(view).trouble
     if not holds.any() or (holds.mean() < 0.5 and (trouble is None or not holds[0])):
         return []
     first = int(np.flatnonzero(holds)[0])
-    line = lines[first]
-    factor, total = series.power10(-line.slope), series.power10(-line.slope * spans)
+    slope, share = float(slopes[first]), float(shares[first])
+    factor, total = series.power10(-slope), series.power10(-slope * spans)
     return [
         Finding(
             "exploding_gradient",
@@ -221,7 +217,7 @@ def _over_depth(view: View) -> list[Finding]:
             (layers.names[0],),
             factor,
             DEPTH_FACTOR,
-            {"axis": "depth", "factor": factor, "r2": line.r2, "layers": float(spans + 1), "total": total},
+            {"axis": "depth", "factor": factor, "r2": share, "layers": float(spans + 1), "total": total},
             f"From {layers.names[-1]!r} down to {layers.names[0]!r} gradients grow by a factor of "
             f"{number(factor)} a layer, {number(total)} in all, at step {layers.steps[first]}.",
         )
@@ -423,18 +419,16 @@ def _vanishing_depth(view: View) -> list[Finding]:
     if layers is None:
         return []
     spans = len(layers.names) - 1
-    lines = _lines(layers.logs)
+    slopes, shares = _lines(layers.logs)
     state = health(view)
     limit = VANISHED if state.flat else VANISHED_ALONE
-    fitting = np.array([
-        line.r2 >= DEPTH_R2 and line.slope >= max(math.log10(DEPTH_FACTOR), -math.log10(limit) / spans)
-        for line in lines
-    ])  # fmt: skip
+    least = max(math.log10(DEPTH_FACTOR), -math.log10(limit) / spans)
+    fitting = (shares >= DEPTH_R2) & (slopes >= least)
     # Where nothing at all passes there is no line; that is for `dead_relu` and `zero_gradient` to say.
     measured = np.isfinite(layers.logs).sum(axis=1) >= DEPTH_LEAST
     if measured.sum() < 2 or fitting[measured].mean() < VANISHED_SHARE:
         return []
-    slope = float(np.median([line.slope for line, fits in zip(lines, fitting, strict=True) if fits]))
+    slope = float(np.median(slopes[fitting]))
     factor, total = series.power10(-slope), series.power10(-slope * spans)
     return [
         Finding(

@@ -65,13 +65,10 @@ class Owner:
 
 def _machine() -> str:
     """What processes have in common whose numbers can be compared: a container counts its own."""
-    parts = [socket.gethostname()]
     with contextlib.suppress(OSError):
-        parts += [
-            Path("/proc/sys/kernel/random/boot_id").read_text().strip(),
-            os.readlink("/proc/self/ns/pid"),
-        ]
-    return " ".join(parts)
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
+    return socket.gethostname()
 
 
 def _stat(process: int) -> list[str]:

@@ -448,7 +448,7 @@ class Store:
         if other is not None and other.is_alive:
             raise file.RecordError(
                 f"Writer: {self.path} is being written by {other}. Give this run a path of its own (under "
-                f"torch.distributed: each rank), or close what writes there first."
+                f"torch.distributed: each rank), or close what writes there first, as `monitor.close()` does."
             )
         connection.execute("REPLACE INTO meta VALUES ('.writer', ?)", (self._owner.text,))
 

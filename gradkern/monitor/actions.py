@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
@@ -43,6 +45,11 @@ class TrainingStopped(RuntimeError):
 
 def check(on: Mapping[str, Action] | None) -> dict[str, Action]:
     """The actions, checked."""
+    if on is not None and not isinstance(on, Mapping):
+        raise TypeError(
+            f"Monitor: on must be a mapping from kinds or severities of findings to actions, got {on!r}. "
+            "Pass for instance on={'error': 'stop'}."
+        )
     chosen = dict(on or {})
     for kind, action in chosen.items():
         if kind not in DETECTORS and kind not in GROUPS:
@@ -65,10 +72,54 @@ def choose(on: Mapping[str, Action], finding: Finding) -> Action | None:
     return "log" if finding.is_alarm else None
 
 
-def say(finding: Finding) -> None:
-    """Log a finding: errors and warnings as such."""
-    level = {"info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}[finding.severity]
-    log.log(level, "gradkern: %s", finding.sentence)
+class Voice:
+    """What a monitor has to say: each sentence once, and which monitor it is.
+
+    Args:
+        name: of the monitor, empty for none.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._said: set[str] = set()
+        self._has_alarmed = False
+
+    def find(self, finding: Finding) -> None:
+        """Log a finding: errors and warnings as such. The first of these says where more is to be had."""
+        level = {"info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}[finding.severity]
+        more = ""
+        if finding.is_alarm and not self._has_alarmed:
+            self._has_alarmed, more = True, " monitor.diagnosis() says what it comes from and what to do."
+        if self._is_new(finding.sentence):
+            log.log(level, "%s%s%s", self._begin, finding.sentence, more)
+
+    def tell(self, sentence: str) -> None:
+        """Log what was done or could not be done."""
+        if self._is_new(sentence):
+            log.warning("%s%s", self._begin, sentence)
+
+    def warn(self, sentence: str, stacklevel: int) -> None:
+        """Warn of a mistake. Where warnings are errors it is logged: nothing is raised."""
+        if not self._is_new(sentence):
+            return
+        try:
+            warnings.warn(f"gradkern: {self._who}{sentence}", stacklevel=stacklevel + 1)
+        except Exception:
+            log.warning("%s%s", self._begin, sentence)
+
+    def _is_new(self, sentence: str) -> bool:
+        is_new = sentence not in self._said
+        self._said.add(sentence)
+        return is_new
+
+    @property
+    def _who(self) -> str:
+        return f"{self._name}: " if self._name else ""
+
+    @property
+    def _begin(self) -> str:
+        # Where logging is set up its lines name the logger. Else Python prints the bare sentence.
+        return self._who if log.hasHandlers() else f"gradkern: {self._who}"
 
 
 class ClipThreshold:
@@ -102,14 +153,18 @@ class ClipThreshold:
 
         `agree` makes of the recommendations of all ranks one.
         """
-        wanted = recommend_threshold(record, finding.step if finding.step > 0 else None)
-        limit = wanted.max_norm if agree is None else agree(wanted.max_norm)
+        # A rank that has no recommendation must meet the others all the same.
+        limit, why = math.inf, "another rank recommends it"
+        with contextlib.suppress(Exception):
+            wanted = recommend_threshold(record, finding.step if finding.step > 0 else None)
+            limit, why = wanted.max_norm, wanted.why
+        limit = limit if agree is None else agree(limit)
         old = self.threshold
         if not (0 < limit < old):
             return None
         self._before.append(old)
         self._set(limit)
-        return {"from": _plain(old), "to": limit, "why": wanted.why, "finding": finding.kind}
+        return {"from": _plain(old), "to": limit, "why": why, "finding": finding.kind}
 
     def undo(self) -> dict[str, Any] | None:
         """Put the threshold back to what it was before the last change. None if there was none."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import os
 import time
@@ -37,8 +36,6 @@ from gradkern.tracked import Tracked
 
 if TYPE_CHECKING:
     from gradkern.clipper import Clipper
-
-log = logging.getLogger("gradkern")
 
 Loss: TypeAlias = Tensor | float
 Batch: TypeAlias = Any
@@ -89,6 +86,7 @@ class Monitor:
             `replay` it. One copy of parameters and buffers on their device, written over at the first forward
             pass of every step; a replay takes another one while it is open.
         max_bytes: of the file.
+        name: what the lines that are logged begin with, to tell several monitors apart.
 
     Raises:
         ValueError, TypeError: an argument is impossible.
@@ -123,23 +121,27 @@ class Monitor:
         clipper: Clipper | None = None,
         keep_batch: bool = False,
         max_bytes: int = 1_000_000_000,
+        name: str = "",
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"Monitor: model must be a torch.nn.Module, got {type(model).__name__}.")
         if optimizer is not None and not isinstance(optimizer, torch.optim.Optimizer):
             raise TypeError(f"Monitor: optimizer must be one of torch's, got {type(optimizer).__name__}.")
-        for name, number, least in (
+        for argument, number, least in (
             ("every", every, 1),
             ("weights_every", weights_every, 1),
             ("activations_every", activations_every, 0),
             ("sink_every", sink_every, 1),
         ):
             if not isinstance(number, int) or isinstance(number, bool) or number < least:
-                raise ValueError(f"Monitor: {name} must be a whole number from {least} up, got {number!r}.")
+                raise ValueError(
+                    f"Monitor: {argument} must be a whole number from {least} up, got {number!r}."
+                )
         for sink in sinks:
             if not callable(getattr(sink, "write", None)):
                 raise TypeError(f"Monitor: a sink needs a method write(step, values), got {sink!r}.")
         self._on = actions.check(on)
+        self._voice = actions.Voice(name)
         self._threshold = ClipThreshold(clipper) if "clip" in self._on.values() else None
         compiled = getattr(model, "_orig_mod", None)  # of torch.compile(model)
         self._model: nn.Module = compiled if isinstance(compiled, nn.Module) else model
@@ -707,7 +709,7 @@ class Monitor:
         action = actions.choose(self._on, finding)
         if action is None:
             return None
-        actions.say(finding)
+        self._voice.find(finding)
         if action == "stop":
             self._ledger.event(number, "stopped", {"finding": finding.kind})
             return finding
@@ -715,16 +717,14 @@ class Monitor:
             done = self._threshold.recommend(self._record, finding, agreement.least if self._agrees else None)
             if done is not None:
                 self._ledger.event(number, "clip_threshold", done)
-                log.warning("gradkern: clipping at %.4g from now on: %s.", done["to"], done["why"])
+                self._voice.tell(f"Clipping at {done['to']:.4g} from now on: {done['why']}.")
         elif callable(action):
             try:
                 action(self, finding)
             except TrainingStopped:
                 raise
             except Exception as error:
-                log.warning(
-                    "gradkern: the action on %s failed: %s: %s", finding.kind, type(error).__name__, error
-                )
+                self._voice.tell(f"The action on {finding.kind} failed: {type(error).__name__}: {error}")
         return None
 
     def _catch_up(self, look: bool = True) -> None:
@@ -788,9 +788,9 @@ class Monitor:
             if trace is None
             else f" ({os.path.basename(trace.tb_frame.f_code.co_filename)}:{trace.tb_lineno})"
         )
-        warnings.warn(
-            f"gradkern: the monitor failed at step {self._next - 1} and is quiet from now on; training "
-            f"is not affected. {type(error).__name__}: {error}{where}",
+        self._voice.warn(
+            f"the monitor failed at step {self._next - 1} and is quiet from now on; training is not "
+            f"affected. {type(error).__name__}: {error}{where}",
             stacklevel=4,
         )
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import logging
 import math
+import subprocess
+import sys
+import warnings
 
 import pytest
 import torch
@@ -12,7 +15,9 @@ from torch import nn
 import gradkern
 from gradkern.diagnosis import Finding
 from gradkern.monitor import Monitor, TrainingStopped
+from gradkern.monitor.actions import ClipThreshold, Voice
 from gradkern.monitor.schedule import LAG
+from gradkern.record import MemoryRecord
 
 
 def regression(lr: float = 0.01) -> tuple[nn.Module, torch.optim.Optimizer]:
@@ -124,4 +129,66 @@ def test_a_healthy_run_says_nothing(caplog: pytest.LogCaptureFixture) -> None:
             optimizer.step()
             monitor.step(loss)
     assert not [finding for finding in monitor.findings if finding.is_alarm]
-    assert "gradkern:" not in caplog.text
+    assert not caplog.records
+
+
+def test_the_first_alarm_says_where_more_is_to_be_had(caplog: pytest.LogCaptureFixture) -> None:
+    voice = Voice("")
+    for kind in ("loss_nonfinite", "grad_nonfinite"):
+        voice.find(Finding(kind, "error", 0, (), 0.0, 0.0, {}, f"{kind}."))
+    assert caplog.messages == [
+        "loss_nonfinite. monitor.diagnosis() says what it comes from and what to do.",
+        "grad_nonfinite.",
+    ]
+
+
+def test_a_sentence_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
+    voice = Voice("")
+    for severity in ("warning", "error"):
+        voice.find(Finding("loss_nonfinite", severity, 0, (), 0.0, 0.0, {}, "Lost."))
+    assert len(caplog.records) == 1
+
+
+def test_lines_begin_with_the_name_of_the_monitor(caplog: pytest.LogCaptureFixture) -> None:
+    model, optimizer = regression()
+    with Monitor(model, optimizer, name="critic") as monitor:
+        for _ in range(4):
+            monitor.step(math.nan)
+    assert caplog.messages
+    assert all(message.startswith("critic: ") for message in caplog.messages)
+
+
+def test_where_logging_is_not_set_up_lines_begin_with_gradkern() -> None:
+    code = """
+from gradkern.monitor.actions import Voice
+Voice("critic").tell("Clipping at 1.")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stderr == "gradkern: critic: Clipping at 1.\n"
+
+
+def test_a_warning_that_would_be_an_error_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Voice("").warn("stats must be a norm.", stacklevel=1)
+    assert caplog.messages == ["stats must be a norm."]
+
+
+def test_a_rank_without_a_recommendation_meets_the_others_all_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, optimizer = regression()
+    clipper = gradkern.Clipper(model, 1e6).attach(optimizer)
+    monkeypatch.setattr("gradkern.monitor.actions.recommend_threshold", None)
+    finding = Finding("grad_nonfinite", "error", 0, (), 0.0, 0.0, {}, "")
+    done = ClipThreshold(clipper).recommend(MemoryRecord(), finding, lambda own: min(own, 3.0))
+    assert done is not None
+    assert done["to"] == 3.0
+
+
+@pytest.mark.parametrize("on", ["stop", ["error"]])
+def test_actions_that_are_no_mapping_are_refused(on: object) -> None:
+    with pytest.raises(
+        TypeError, match="on must be a mapping from kinds or severities of findings to actions"
+    ):
+        Monitor(regression()[0], on=on)  # type: ignore[arg-type]

@@ -259,7 +259,7 @@ def test_a_failing_action_does_not_reach_the_loop(caplog: pytest.LogCaptureFixtu
     with Monitor(model, optimizer, on={"loss_nonfinite": action}) as monitor:
         for _ in range(4):
             monitor.step(math.nan)
-    assert "the action on loss_nonfinite failed: RuntimeError: mine" in caplog.text
+    assert "The action on loss_nonfinite failed: RuntimeError: mine" in caplog.text
 
 
 def test_alarms_are_logged_once(caplog: pytest.LogCaptureFixture) -> None:

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from tests.diagnosis import held_healthy, suite, user_faults
+from tests.diagnosis import held_faults, held_healthy, suite, user_faults
 from tests.diagnosis.runs import Watched, watch
 from tests.diagnosis.suite import CASES, Case, make
 
 # Importing these registers their cases.
-MODULES = (suite, user_faults, held_healthy)
+MODULES = (suite, user_faults, held_faults, held_healthy)
 
 
 @dataclass(frozen=True)

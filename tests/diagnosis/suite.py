@@ -59,6 +59,8 @@ def case(*causes: str | None, split: str = "tune", **options: Any) -> Callable[[
 
     def register(build: Builder) -> Builder:
         name = build.__name__
+        if name in CASES:
+            raise ValueError(f"there are two cases of the name {name}")
         CASES[name] = Case(name, build, causes, split=split, **options)
         return build
 
@@ -1304,12 +1306,6 @@ def relu_on_the_output() -> Setup:
 def thirty_plain_layers() -> Setup:
     model = mlp((10, *[32] * 30, 4))
     return Setup(model, adam(model, 1e-3), sampler(*blobs(), 32), cross_entropy)
-
-
-@case("architecture", must=("vanishing_gradient",))
-def softmax_between_layers() -> Setup:
-    model = mlp((10, *[32] * 4, 4), lambda: nn.Softmax(1))
-    return Setup(model, sgd(model, 0.1), sampler(*blobs(), 32), cross_entropy, 300)
 
 
 @case("architecture", must=("symmetric_units",), source="deepchecker")

@@ -148,7 +148,9 @@ class Ledger:
             for recorder in self._recorders:
                 recorder.put_exponents(step.number, times["exponents"])
         if "activations" in times:
-            scale = step.scalars.get("loss_scale", 1.0)
+            # The scale is not known before the first step that its GradScaler does not skip.
+            unknown = math.nan if step.scalars.get("skipped") and times.get("ran") is False else 1.0
+            scale = step.scalars.get("loss_scale", unknown)
             self._put_activations(step.number, times["activations"].open(), scale)
 
     def _put_activations(self, number: int, found: dict[str, Floats], scale: float) -> None:
@@ -158,10 +160,10 @@ class Ledger:
             if what == "act":
                 columns["act_nonfinite"][path] = float(value[2] + value[3])
                 columns["act_abs_max"][path] = float(value[1])
-            elif what == "out":
+            elif what == "out" and scale == scale:
                 for kind, number_of in zip(GRAD_KINDS, unit_numbers(value / scale), strict=True):
                     columns[kind][path] = number_of
-            else:
+            elif what != "out":
                 columns[what][path] = float(value)
         order = {module["name"]: module["order"] for module in self.meta.get("modules", [])}
         for kind, by_module in columns.items():

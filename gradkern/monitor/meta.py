@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 import weakref
 from collections.abc import Mapping
+from types import NoneType
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from gradkern._version import __version__
 
 if TYPE_CHECKING:
-    from gradkern.clipper import Clipper
+    from gradkern.policies import Policy
 
 RECURRENT: Final = (nn.RNNBase, nn.RNNCellBase)
 EMBEDDINGS: Final = (nn.Embedding, nn.EmbeddingBag)
@@ -24,13 +25,13 @@ WALK: Final = 4096
 
 
 def describe(
-    model: nn.Module, optimizer: torch.optim.Optimizer | None, clipper: Clipper | None
+    model: nn.Module, optimizer: torch.optim.Optimizer | None, policy: Policy | None
 ) -> dict[str, Any]:
     """The part of `Record.meta` that is known before the first forward pass."""
     return {
         "parameters": parameters_of(model),
         "optimizer": optimizer_of(optimizer),
-        "clip": clip_of(clipper),
+        "clip": clip_of(policy),
         "torch": torch.__version__,
         "gradkern": __version__,
         "python": platform.python_version(),
@@ -83,25 +84,30 @@ def optimizer_of(optimizer: torch.optim.Optimizer | None) -> dict[str, Any]:
     group = optimizer.param_groups[0]
     found: dict[str, Any] = {"type": type(optimizer).__name__}
     for key in ("lr", "eps", "momentum", "weight_decay", "betas", "fused"):
-        value = group.get(key)
-        if key == "betas" and value is not None:
-            found[key] = [float(beta) for beta in value]
-        elif isinstance(value, bool) or value is None:
-            found[key] = value
-        elif isinstance(value, Tensor):  # a learning rate that lives on the device is recorded every step
-            found[key] = float(value) if value.device.type == "cpu" else None
-        else:
-            found[key] = float(value)
+        found[key] = _plain(group.get(key))
+    if not isinstance(found["eps"], (float, NoneType)):
+        found["eps"] = None  # Adafactor's are two, and neither is Adam's
     return found
 
 
-def clip_of(clipper: Clipper | None) -> dict[str, Any]:
-    """Policy and threshold, as far as they are known beforehand."""
-    if clipper is None:
+def _plain(value: object) -> float | bool | list[Any] | None:
+    """A setting as a record keeps it; None for what has no number on the host."""
+    if isinstance(value, (tuple, list)):
+        return [_plain(item) for item in value]
+    if isinstance(value, Tensor):  # a learning rate that lives on the device is recorded every step
+        return float(value) if value.device.type == "cpu" and value.numel() == 1 else None
+    if isinstance(value, bool):
+        return value
+    return float(value) if isinstance(value, (int, float)) else None
+
+
+def clip_of(policy: Policy | None) -> dict[str, Any]:
+    """Policy of a clipper and threshold, as far as they are known beforehand."""
+    if policy is None:
         return {"policy": None, "threshold": None}
-    plain = clipper.policy.as_clip()
+    plain = policy.as_clip()
     threshold = None if plain is None or plain[0] == float("inf") else plain[0]
-    return {"policy": repr(clipper.policy), "threshold": threshold}
+    return {"policy": repr(policy), "threshold": threshold}
 
 
 class ForwardOrder:

@@ -6,6 +6,7 @@ import math
 import os
 import time
 import warnings
+import weakref
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
@@ -17,13 +18,13 @@ from torch import Tensor, nn
 from gradkern import ops
 from gradkern.clip import measure
 from gradkern.diagnosis import Diagnosis, Finding, detect, diagnose
-from gradkern.monitor import actions, agreement
+from gradkern.monitor import actions, agreement, around
 from gradkern.monitor.actions import Action, ClipThreshold, TrainingStopped
 from gradkern.monitor.exponents import histogram
 from gradkern.monitor.hooks import Observer
 from gradkern.monitor.host import Parcel, is_plain
 from gradkern.monitor.ledger import GRAD_COUNTS, GRAD_ROWS, UPDATE_ROWS, WEIGHT_ROWS, Ledger, Step
-from gradkern.monitor.meta import describe, parameters_of, tensors_in
+from gradkern.monitor.meta import clip_of, describe, parameters_of, tensors_in
 from gradkern.monitor.probe import probe_time
 from gradkern.monitor.reading import Reader
 from gradkern.monitor.replay import Replay
@@ -32,6 +33,7 @@ from gradkern.monitor.sinks import Outlet, Sink
 from gradkern.monitor.updates import UpdateSampler
 from gradkern.record import MemoryRecord, Record, Writer
 from gradkern.stats import GradStats
+from gradkern.stepper import Stepper
 from gradkern.tracked import Tracked
 
 if TYPE_CHECKING:
@@ -147,6 +149,9 @@ class Monitor:
         self._model: nn.Module = compiled if isinstance(compiled, nn.Module) else model
         self._tracked = Tracked(self._model, "Monitor")
         self._clipper = clipper
+        self._stepper = None if clipper is None else clipper._stepper
+        self._hook_count = 0  # of the optimizer, when it was looked at for a clipper last
+        self._scaler: Callable[[], torch.amp.GradScaler | None] = lambda: None
         self._optimizer: torch.optim.Optimizer | None = None
         self._handles: list[Any] = []
         self._attached = False
@@ -181,6 +186,7 @@ class Monitor:
         self._own_updates: tuple[Tensor, list[tuple[int, int]]] | None = None
         self._own_exponents: tuple[list[str], Tensor] | None = None
         self._suspect: Tensor | None = None
+        self._ran = False  # whether the optimizer was called since the last step
         self._found_inf: Tensor | None = None
         self._sampler = UpdateSampler()
         self._observer = Observer(self._model)
@@ -354,8 +360,10 @@ class Monitor:
         self._take_loss(step, loss)
         self._take_rate(step)
         self._take_stats(step, stats)
+        scaler = self._scaler() if scaler is None else scaler
         if scaler is not None and scaler.is_enabled():
             self._take_scale(step, scaler)
+        self._take_verdict(step)
         if batch is not None:
             self._take_batch(step, batch)
         if self._optimizer is None:
@@ -412,9 +420,9 @@ class Monitor:
     def _take_stats(self, step: Step, stats: GradStats | Tensor | float | None) -> None:
         own, self._own_stats = self._own_stats, None
         self._handed = isinstance(stats, GradStats)
-        if stats is None and self._clipper is not None:
-            stats = self._clipper.last
-            self._take_clipper(step, self._clipper)
+        if stats is None and self._stepper is not None:
+            stats = self._stepper.last
+            self._take_clipper(step, self._stepper)
         if step.number % self._every:
             return
         if isinstance(stats, GradStats):
@@ -443,8 +451,7 @@ class Monitor:
         if coef is not None or isinstance(found._clip_value, Tensor):
             parcel.put("clipped_norm", found.clipped_norm)
 
-    def _take_clipper(self, step: Step, clipper: Clipper) -> None:
-        stepper = clipper._stepper
+    def _take_clipper(self, step: Step, stepper: Stepper) -> None:
         threshold = stepper.info.get("threshold")
         if stepper.max_norm < math.inf:
             step.scalars["clip_threshold"] = stepper.max_norm
@@ -458,9 +465,28 @@ class Monitor:
             return
         parcel = self._parcel(step)
         parcel.put("scale", scale)
-        if self._scale is not None:
+        if self._scale is None:
+            step.times["backoff"] = scaler.get_backoff_factor()
+        elif not self._attached:  # else update() is still to come
             parcel.put("scale_before", self._scale)
         self._scale = scale.clone()
+        self._reader.is_scaled = True
+        if self._scaler() is not scaler:
+            self._scaler = weakref.ref(scaler)
+
+    def _take_verdict(self, step: Step) -> None:
+        """Whether the optimizer was called; and if a bad step left the weights alone, how they are."""
+        ran, self._ran = self._ran, False
+        if self._optimizer is None or not getattr(type(self._optimizer).step, "hooked", False):
+            return
+        step.times["ran"] = ran
+        is_bad = step.total is not None and step.total[2] + step.total[3] > 0
+        is_sound = not is_bad and math.isfinite(step.scalars.get("loss", 0.0))
+        if is_sound or self._reader.origin_known or self._suspect is not None:
+            return
+        tally = None if self._stepper is None else self._stepper.tally.counts
+        if not ran or (tally is not None and tally.device.type == "cpu" and tally[2].item() > 0):
+            self._suspect = self._measure_weights()
 
     def _take_batch(self, step: Step, batch: Batch) -> None:
         inputs, targets = _split(batch)
@@ -518,11 +544,17 @@ class Monitor:
         # Most steps have nothing to be seen here, and every call counts.
         if self._observer.is_on and (args[1] if len(args) > 1 else kwargs.get("closure")) is None:
             self._observer.remove()  # no forward pass comes any more
-        measures = not self._handed and self._clipper is None and self._next % self._every == 0
-        is_quiet = not (measures or self._is_alert or self._next % self._weights_every == 0)
-        if self._off or (is_quiet and getattr(optimizer, "found_inf", None) is None):
+        self._ran = True
+        if self._off:
             return
         try:
+            if len(optimizer._optimizer_step_pre_hooks) != self._hook_count:
+                self._look_for_clipper(optimizer)
+            measures = not self._handed and self._stepper is None and self._next % self._every == 0
+            is_quiet = not (measures or self._is_alert or self._next % self._weights_every == 0)
+            is_quiet = is_quiet and getattr(optimizer, "found_inf", None) is None
+            if is_quiet and (self._reader.origin_known or not self._last_is_nonfinite()):
+                return
             with torch.no_grad():
                 self._look_before(optimizer, args, kwargs)
         except Exception as error:
@@ -535,8 +567,10 @@ class Monitor:
         found_inf = getattr(optimizer, "found_inf", None)
         if isinstance(found_inf, Tensor):
             self._found_inf = found_inf.clone()
-        is_bad = False
-        measures = not self._handed and self._clipper is None and closure is None
+        if not self._reader.is_scaled:
+            self._look_for_scaler()
+        is_bad: bool | None = None
+        measures = not self._handed and self._stepper is None and closure is None
         if measures and self._next % self._every == 0:
             stats = measure(self._tracked.items)
             scale = getattr(optimizer, "grad_scale", None)
@@ -553,9 +587,27 @@ class Monitor:
             self._own_weights = self._measure_weights()
             self._own_exponents = self._measure_exponents()
             self._sampler.before([name for _, name, _ in self._weights], [w for _, _, w in self._weights])
-        if not self._reader.origin_known and (is_bad or (self._is_alert and self._first_is_nonfinite())):
+        if not self._reader.origin_known and (self._last_is_nonfinite() if is_bad is None else is_bad):
             # Whether weights were sound is known now, and not any more after the step.
             self._suspect = self._measure_weights()
+
+    def _look_for_clipper(self, optimizer: torch.optim.Optimizer) -> None:
+        """Find a clipper that is attached to the optimizer and was not handed over."""
+        self._hook_count = len(optimizer._optimizer_step_pre_hooks)
+        if self._clipper is None:
+            self._stepper = around.attached_stepper(optimizer)
+            policy = None if self._stepper is None else self._stepper.policy
+            self._ledger.set_meta({"clip": clip_of(policy)})
+
+    def _look_for_scaler(self) -> None:
+        """Find the GradScaler that calls the optimizer, for scales and to know who skips."""
+        scaler = around.calling_scaler()
+        has_flag = self._found_inf is not None and self._stepper is None  # a clipper sets it too
+        self._reader.is_scaled = scaler is not None or has_flag
+        if scaler is not None:
+            self._scaler = weakref.ref(scaler)
+            scale = scaler._get_scale_async()
+            self._scale = None if scale is None else scale.clone()
 
     def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         if self._off:
@@ -570,18 +622,18 @@ class Monitor:
             loss, batch, self.loss, self.batch = self.loss, self.batch, None, None
             self.step(loss, batch=batch)
 
-    def _first_is_nonfinite(self) -> bool:
-        """Whether an element of the first gradient is NaN or Inf: after a bad loss all of them are.
+    def _last_is_nonfinite(self) -> bool:
+        """Whether an element of the last gradient is NaN or Inf: after a bad loss all of them are.
 
         Only on the CPU, where looking waits for nothing.
         """
-        for _, param in self._tracked.items:
+        for _, param in reversed(self._tracked.items):
             grad = param.grad
             if grad is None:
                 continue
             if not is_plain(grad) or grad.device.type != "cpu" or grad.numel() == 0:
                 return False
-            return not math.isfinite(abs(grad.as_strided((1,), (1,)).item()))
+            return not math.isfinite(abs(grad.detach().as_strided((1,), (1,)).item()))
         return False
 
     def _measure_weights(self) -> Tensor | None:
@@ -658,7 +710,8 @@ class Monitor:
                 self._ledger.set_names(kind, self._ledger.names)
             for kind in (*WEIGHT_ROWS, *UPDATE_ROWS):
                 self._ledger.set_names(kind, [name for _, name, _ in self._weights])
-        self._ledger.set_meta(describe(self._model, optimizer, self._clipper))
+        policy = None if self._stepper is None else self._stepper.policy
+        self._ledger.set_meta(describe(self._model, optimizer, policy))
 
     # Findings.
 

@@ -16,12 +16,14 @@ class Reader:
 
     Attributes:
         origin_known: whether that has been named: once a run.
+        is_scaled: whether a GradScaler calls the optimizer; None while it was not called yet.
     """
 
     def __init__(self, ledger: Ledger) -> None:
         self._ledger = ledger
         self._skipped = 0.0  # steps that the clipper has skipped so far
         self.origin_known = False
+        self.is_scaled: bool | None = None
 
     def read(self, step: Step, values: dict[str, Floats]) -> None:
         """Scalars and rows of a step from what came to the host."""
@@ -31,24 +33,12 @@ class Reader:
                 scalars[name] = float(values[name].reshape(-1)[0])
         if "rows" in values:
             step.rows, step.total = values["rows"], values["total"].tolist()
+        is_cleared = step.total is not None and times.get("ran") is False and not any(step.total[:4])
+        if is_cleared and self.is_scaled:
+            step.rows = step.total = None  # zero_grad() came before what was skipped could be looked at
         if step.total is not None:
             self._read_gradients(step, values)
-        if "tally" in values:
-            skipped, before = float(values["tally"][1]), self._skipped
-            scalars["skipped"], self._skipped = float(skipped > before), skipped
-        if "found_inf" in values:
-            scalars["skipped"] = max(scalars.get("skipped", 0.0), float(values["found_inf"] != 0))
-        if "scale" in values:
-            now = float(values["scale"])
-            before = float(values.get("scale_before", values["scale"]))
-            is_first = "scale_before" not in values
-            fell = now < before or (is_first and scalars.get("nonfinite_count", 0.0) > 0)
-            scalars["loss_scale"] = before
-            scalars["skipped"] = max(scalars.get("skipped", 0.0), float(fell))
-            if fell:
-                self._ledger.event(step.number, "amp_backoff", {"scale": now})
-        elif scalars.get("skipped"):
-            self._ledger.event(step.number, "skip", {})
+        self._read_skip(step, values, is_cleared)
         if "data" in values or "target" in values:
             self._read_batch(step, values)
         if "weights" in values:
@@ -63,6 +53,41 @@ class Reader:
             scalars["update_norm"] = math.sqrt(sum(norm**2 for norm, _ in pairs))
         if "exponents" in values:
             times["exponents"] = values["exponents"]
+
+    def _read_skip(self, step: Step, values: dict[str, Floats], is_cleared: bool) -> None:
+        """Whether the optimizer was kept from moving, and by whom.
+
+        A GradScaler says so by its scale, which falls; in `found_inf`; or by not calling the optimizer.
+        Before that was called for the first time nobody knows who does not call it, and a scaler that begins
+        too high is by far the likeliest.
+        """
+        scalars, ran = step.scalars, step.times.get("ran")
+        is_bad = scalars.get("nonfinite_count", 0.0) > 0
+        verdicts = []
+        if "tally" in values:
+            skipped, before = float(values["tally"][1]), self._skipped
+            self._skipped = skipped
+            verdicts.append(skipped > before)
+        if "found_inf" in values:
+            verdicts.append(bool(values["found_inf"] != 0))
+        if ran is False and (is_bad or (is_cleared and self.is_scaled)):
+            verdicts.append(True)
+        fell = False
+        if "scale" in values:
+            now = float(values["scale"])
+            before = float(values.get("scale_before", values["scale"]))
+            fell = now < before or (ran is None and is_bad and "scale_before" not in values)
+            if ran is False and is_bad:  # before the first step nobody had looked
+                before /= step.times.get("backoff", 1.0)
+            scalars["loss_scale"] = before
+            verdicts.append(fell and not ran)
+        if verdicts:
+            scalars["skipped"] = float(any(verdicts))
+        is_scaled = self.is_scaled or (self.is_scaled is None and ran is False)
+        if fell or (is_scaled and any(verdicts) and (is_bad or is_cleared)):
+            self._ledger.event(step.number, "amp_backoff", {"scale": now} if "scale" in values else {})
+        elif any(verdicts):
+            self._ledger.event(step.number, "skip", {})
 
     def _read_gradients(self, step: Step, values: dict[str, Floats]) -> None:
         scalars, times, total = step.scalars, step.times, step.total
@@ -120,8 +145,8 @@ class Reader:
         bad_data = scalars.get("data_nonfinite", 0.0) > 0
         if not (is_lost or bad_grads or bad_weights or bad_data):
             return
-        if scalars.get("skipped") and not is_lost and "scale" in values:
-            return  # a GradScaler at work
+        if scalars.get("skipped") and not is_lost and (self.is_scaled or step.times.get("ran") is False):
+            return  # a GradScaler at work, or somebody like it: no harm was done
         self.origin_known = True
         where, name = "forward", ""
         if bad_data:
@@ -129,7 +154,7 @@ class Reader:
         elif bad_weights:
             where, name = "optimizer", self._ledger.kinds["weight_norm"][bad_weights[0]]
         elif is_lost:
-            where, name = self._first_bad_module(step)
+            where, name = ("unknown", "") if weights is None else self._first_bad_module(step)
         elif bad_grads:
             where, name = "backward", self._last_bad_gradient(step)
         self._ledger.event(

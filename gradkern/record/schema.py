@@ -92,7 +92,7 @@ with more than 65,536 elements a sample is counted."""
 EVENTS: Final[Mapping[str, str]] = {
     "skip": "the optimizer was kept from moving",
     "amp_backoff": "a GradScaler found Inf or NaN, skipped the step and lowered its scale",
-    "first_nonfinite": "where: data, forward, loss, backward or optimizer; name: of the tensor",
+    "first_nonfinite": "where: data, forward, loss, backward, optimizer or unknown; name: of the tensor",
     "resumed": "from: the first step of the new part; until: the last step of the old part that it replaces, "
     "not there where it replaces nothing",
     "dropped": "count: records that could not be written; reason",

@@ -235,7 +235,7 @@ class Gradients:
     def _name(self, present: list[int] | None, rows: Tensor) -> None:
         kind = "grads" if self._of_grads else "parameters"
         self._device = rows.device
-        self.names = Names(kind, labels_of(self._items), present, rows.shape[0])
+        self.names = Names(kind, labels_of(self._items), present, rows.shape[0], self._items)
 
 
 def _can_walk() -> bool:

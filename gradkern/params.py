@@ -7,7 +7,7 @@ import sys
 import types
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TypeAlias, TypeGuard
+from typing import ClassVar, TypeAlias, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -35,17 +35,31 @@ _DTYPES = (
 
 
 class Names:
-    """Names of the gradients that gave a row, in order. Costs next to nothing until somebody asks."""
+    """Names of the gradients that gave a row, in order. Costs next to nothing until somebody asks.
 
-    __slots__ = ("_count", "_kind", "_labels", "present")
+    Attributes:
+        keeps_ids: of the class: somebody wants to know which items those without names were.
+        ids: the id() of each item then, and not the items, which would keep a model alive. Else None.
+    """
+
+    __slots__ = ("_count", "_kind", "_labels", "ids", "present")
+
+    keeps_ids: ClassVar[bool] = False
 
     def __init__(
-        self, kind: str, labels: Sequence[str | None] | None, present: Sequence[int] | None, count: int
+        self,
+        kind: str,
+        labels: Sequence[str | None] | None,
+        present: Sequence[int] | None,
+        count: int,
+        items: Sequence[object] = (),
     ) -> None:
         self._kind = kind  # what an item without a name is called: kind[index]
         self._labels = labels  # one per item, or None if no item has a name
         self.present = present  # items that gave a row, or None if all of them did
         self._count = count
+        keeps = Names.keeps_ids and labels is None and not torch.compiler.is_compiling()
+        self.ids = tuple(map(id, items)) if keeps else None
 
     def __len__(self) -> int:
         return self._count
@@ -130,6 +144,8 @@ def collect(items: Sequence[object], function: str, of_grads: bool = False) -> t
         grads.append(grad)
     if not grads and not of_grads:
         _warn_of_bare_tensors(items, function)
+    if labels.count(None) == len(labels):
+        return Names(kind, None, present, len(grads), items), grads
     return Names(kind, labels, present, len(grads)), grads
 
 

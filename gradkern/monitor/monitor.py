@@ -31,6 +31,7 @@ from gradkern.monitor.replay import Replay
 from gradkern.monitor.schedule import LAG, Schedule
 from gradkern.monitor.sinks import Outlet, Sink
 from gradkern.monitor.updates import UpdateSampler
+from gradkern.params import Names
 from gradkern.record import MemoryRecord, Record, Writer
 from gradkern.stats import GradStats
 from gradkern.stepper import Stepper
@@ -148,6 +149,7 @@ class Monitor:
         compiled = getattr(model, "_orig_mod", None)  # of torch.compile(model)
         self._model: nn.Module = compiled if isinstance(compiled, nn.Module) else model
         self._tracked = Tracked(self._model, "Monitor")
+        Names.keeps_ids = True
         self._clipper = clipper
         self._stepper = None if clipper is None else clipper._stepper
         self._hook_count = 0  # of the optimizer, when it was looked at for a clipper last
@@ -656,21 +658,27 @@ class Monitor:
         """Where the rows of `stats` belong among the names of the record; None: all, in that order."""
         # Walking all names on every step would cost as much as measuring.
         names = stats._names
-        key = (names._labels, names.present, names._kind, len(names))
+        key = (names._labels, names.present, names.ids, len(names))
         if key != self._seen_names:
-            columns = [self._place(name) for name in names.to_list()]
+            columns = self._places(names)
             is_all = columns == list(range(len(self._ledger.names)))
             self._seen_names, self._seen_columns = key, None if is_all else columns
         return self._seen_columns
 
+    def _places(self, names: Names) -> list[int]:
+        """The column of each row; -1 for none of ours. Parameters without names are known by identity."""
+        if names._labels is None:
+            mine = {id(param): place for place, param in enumerate(self._tracked.params)}
+            ids = names.ids or ()
+            rows = range(len(names)) if names.present is None else names.present
+            return [mine.get(ids[row], -1) if row < len(ids) else -1 for row in rows]
+        return [self._place(name) for name in names.to_list()]
+
     def _place(self, name: str) -> int:
-        """The column of a name; -1 if it is none of ours. Parameters without names are known by position."""
+        """The column of a name; -1 if it is none of ours."""
         for known in (name, name.removeprefix("_orig_mod."), name.removeprefix("module.")):
             if known in self._ledger.places:
                 return self._ledger.places[known]
-        if name.startswith("parameters[") and name.endswith("]"):
-            number = int(name[len("parameters[") : -1])
-            return number if number < len(self._ledger.names) else -1
         return -1
 
     # Two steps later, on the host.

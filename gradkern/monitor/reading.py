@@ -36,6 +36,8 @@ class Reader:
         is_cleared = step.total is not None and times.get("ran") is False and not any(step.total[:4])
         if is_cleared and self.is_scaled:
             step.rows = step.total = None  # zero_grad() came before what was skipped could be looked at
+        if step.columns and max(step.columns) < 0:
+            step.rows = None  # of parameters that nobody knows: only the totals mean something
         if step.total is not None:
             self._read_gradients(step, values)
         self._read_skip(step, values, is_cleared)
@@ -100,7 +102,9 @@ class Reader:
         if "norm_before" in values:
             before = float(values["norm_before"])
         if before is not None:
-            # Somebody else has clipped, and what was measured is what is left.
+            # Somebody else has clipped, and what was measured is what is left, of all gradients alike.
+            if step.rows is not None and before > norm > 0 and math.isfinite(before):
+                step.rows = step.rows * np.array([(before / norm) ** 2, before / norm, 1, 1, 1])
             scalars["grad_norm"], scalars["grad_clipped_norm"] = before, norm
             scalars["grad_finite_norm"] = before if math.isfinite(before) else finite
             scalars["clip_coef"] = norm / before if before > 0 and math.isfinite(before) else 1.0
@@ -176,7 +180,8 @@ class Reader:
 
     def _last_bad_gradient(self, step: Step) -> str:
         """The last in forward order: backward comes to it first."""
-        assert step.rows is not None
+        if step.rows is None:
+            return ""
         bad = np.flatnonzero(step.rows[:, 2] + step.rows[:, 3] > 0).tolist()
         columns = bad if step.columns is None else [step.columns[row] for row in bad]
         order = {module["name"]: module["order"] for module in self._ledger.meta.get("modules", [])}

@@ -162,15 +162,6 @@ def test_rows_are_those_of_each_parameter() -> None:
     np.testing.assert_allclose(rows[-1], expected, rtol=1e-7)
 
 
-def test_parameters_without_names_are_known_by_their_place() -> None:
-    model, optimizer = simple()
-    with Monitor(model, optimizer) as monitor:
-        loss = one_step(model, optimizer)
-        stats = gradkern.measure(model.parameters())
-        monitor.step(loss, stats)
-    np.testing.assert_allclose(monitor.record.rows("grad_norm")[1][0], stats.per_tensor.norm, rtol=1e-7)
-
-
 def test_a_parameter_without_gradient_is_a_gap() -> None:
     model, optimizer = simple()
     model.weight.requires_grad_(False)

@@ -231,3 +231,63 @@ def test_an_attached_clipper_is_found_in_either_order(clipper_first: bool, fused
     assert record.scalar("clip_threshold")[1].tolist() == [0.01] * 5
     assert record.scalar("skipped")[1].tolist() == [0, 0, 0, 1, 0]
     assert record.meta["clip"]["threshold"] == 0.01
+
+
+def rows_of(
+    make_stats: Callable[[nn.Sequential], Any], frozen: int | None = None
+) -> tuple[Monitor, dict[str, float]]:
+    """One step with the statistics that `make_stats` gives; and the norms of the gradients before it."""
+    model = made()
+    if frozen is not None:
+        model[frozen].requires_grad_(False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    with Monitor(model, optimizer) as monitor:
+        loss = (model(X) - 5).square().mean()
+        loss.backward()
+        truth = {n: p.grad.norm().item() for n, p in model.named_parameters() if p.grad is not None}
+        stats = make_stats(model)
+        optimizer.step()
+        monitor.step(loss, stats)
+    return monitor, truth
+
+
+def recorded(monitor: Monitor) -> dict[str, float]:
+    _, rows = monitor.record.rows("grad_norm")
+    return {
+        n: v for n, v in zip(monitor.record.names("grad_norm"), rows[0], strict=True) if not math.isnan(v)
+    }
+
+
+@pytest.mark.parametrize(
+    "listed",
+    [
+        lambda model: list(model.parameters()),
+        lambda model: [param for param in model.parameters() if param.requires_grad],
+        lambda model: sorted(model.parameters(), key=lambda param: param.dim()),
+        lambda model: (param for param in model.parameters()),
+    ],
+)
+@pytest.mark.parametrize("frozen", [None, 0])
+def test_parameters_without_names_are_known_by_identity(listed: Any, frozen: int | None) -> None:
+    monitor, truth = rows_of(lambda model: gradkern.clip_(listed(model), 1.0), frozen)
+    assert recorded(monitor) == pytest.approx(truth, rel=1e-6)
+
+
+def test_of_gradients_without_names_only_the_totals_are_recorded() -> None:
+    def clip(model: nn.Module) -> Any:
+        return gradkern.clip_grads_([param.grad for param in model.parameters()], 1.0)
+
+    monitor, truth = rows_of(clip)
+    assert len(monitor.record.rows("grad_norm")[0]) == 0
+    assert monitor.record.scalar("grad_norm")[1][0] == pytest.approx(math.hypot(*truth.values()), rel=1e-6)
+
+
+@pytest.mark.parametrize("as_number", [False, True])
+def test_with_the_norm_that_torch_gives_rows_are_those_before_clipping(as_number: bool) -> None:
+    def clip(model: nn.Module) -> Any:
+        norm = nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
+        return norm.item() if as_number else norm
+
+    monitor, truth = rows_of(clip)
+    assert recorded(monitor) == pytest.approx(truth, rel=1e-4)
+    assert monitor.record.scalar("grad_clipped_norm")[1][0] == pytest.approx(1e-3, rel=1e-3)

@@ -24,6 +24,22 @@ EMBEDDINGS: Final = (nn.Embedding, nn.EmbeddingBag)
 WALK: Final = 4096
 
 
+def check_model(model: nn.Module) -> None:
+    """Raise if a module cannot be watched."""
+    for path, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            raise TypeError(
+                f"Monitor: {f'module {path!r}' if path else 'model'} is a {type(module).__name__}, whose "
+                "parameters cannot be followed from Python. Train, and watch, the module it was made from."
+            )
+    for name, param in model.named_parameters():
+        if nn.parameter.is_lazy(param):
+            raise ValueError(
+                f"Monitor: parameter {name!r} has no shape yet: its module is lazy. Run a forward pass "
+                "first, then make the optimizer and the Monitor."
+            )
+
+
 def describe(
     model: nn.Module, optimizer: torch.optim.Optimizer | None, policy: Policy | None
 ) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from gradkern.monitor.exponents import histogram
 from gradkern.monitor.hooks import Observer
 from gradkern.monitor.host import Parcel, is_plain
 from gradkern.monitor.ledger import GRAD_COUNTS, GRAD_ROWS, UPDATE_ROWS, WEIGHT_ROWS, Ledger, Step
-from gradkern.monitor.meta import clip_of, describe, parameters_of, tensors_in
+from gradkern.monitor.meta import check_model, clip_of, describe, parameters_of, tensors_in
 from gradkern.monitor.probe import probe_time
 from gradkern.monitor.reading import Reader
 from gradkern.monitor.replay import Replay
@@ -143,6 +143,7 @@ class Monitor:
         for sink in sinks:
             if not callable(getattr(sink, "write", None)):
                 raise TypeError(f"Monitor: a sink needs a method write(step, values), got {sink!r}.")
+        check_model(model)
         self._on = actions.check(on)
         self._voice = actions.Voice(name)
         self._threshold = ClipThreshold(clipper) if "clip" in self._on.values() else None
@@ -191,6 +192,7 @@ class Monitor:
         self._ran = False  # whether the optimizer was called since the last step
         self._found_inf: Tensor | None = None
         self._sampler = UpdateSampler()
+        self._moved: list[int] = []  # which of the weights the optimizer steps
         self._observer = Observer(self._model)
         self._scale: Tensor | None = None
         self._asked = self._first - 1  # the last step of which it was asked whether to look
@@ -355,6 +357,8 @@ class Monitor:
         step = Step(number)
         if self._tracked.refresh():
             self._describe(self._optimizer)
+        elif self._is_weights_step(number):
+            self._follow_freezing()
         now = time.perf_counter()
         if number > self._first:
             step.scalars["step_ms"] = 1000 * (now - self._last_time)
@@ -412,7 +416,7 @@ class Monitor:
     def _take_rate(self, step: Step) -> None:
         if self._optimizer is None:
             return
-        rates = [group["lr"] for group in self._optimizer.param_groups if "lr" in group]
+        rates = [lr for group in self._optimizer.param_groups if (lr := group.get("lr")) is not None]
         on_host = [float(r) for r in rates if not isinstance(r, Tensor) or r.device.type == "cpu"]
         if on_host:
             step.scalars["lr"] = max(on_host)
@@ -514,6 +518,8 @@ class Monitor:
             sums, sizes = self._own_updates
             self._parcel(step).put("updates", sums)
             step.times["sizes"] = sizes
+            if len(sizes) < len(self._weights):
+                step.times["moved"] = self._moved
             self._own_updates = None
         if self._own_exponents is not None:
             step.times["exponent_names"], counts = self._own_exponents
@@ -588,7 +594,10 @@ class Monitor:
         if self._is_weights_step(self._next):
             self._own_weights = self._measure_weights()
             self._own_exponents = self._measure_exponents()
-            self._sampler.before([name for _, name, _ in self._weights], [w for _, _, w in self._weights])
+            held = {id(param) for group in optimizer.param_groups for param in group["params"]}
+            self._moved = [i for i, (_, _, weight) in enumerate(self._weights) if id(weight) in held]
+            moved = [self._weights[i] for i in self._moved]
+            self._sampler.before([name for _, name, _ in moved], [weight for _, _, weight in moved])
         if not self._reader.origin_known and (self._last_is_nonfinite() if is_bad is None else is_bad):
             # Whether weights were sound is known now, and not any more after the step.
             self._suspect = self._measure_weights()
@@ -617,7 +626,7 @@ class Monitor:
         if self._sampler.is_open:
             try:
                 with torch.no_grad():
-                    self._own_updates = self._sampler.after([weight for _, _, weight in self._weights])
+                    self._own_updates = self._sampler.after([self._weights[i][2] for i in self._moved])
             except Exception as error:
                 self._fail(error)
         if self._attached:
@@ -720,6 +729,14 @@ class Monitor:
                 self._ledger.set_names(kind, [name for _, name, _ in self._weights])
         policy = None if self._stepper is None else self._stepper.policy
         self._ledger.set_meta(describe(self._model, optimizer, policy))
+        self._trained = [param.requires_grad for param in self._tracked.params]
+
+    def _follow_freezing(self) -> None:
+        """What was frozen or thawed is so in the description of the run too."""
+        trained = [param.requires_grad for param in self._tracked.params]
+        if trained != self._trained:
+            self._trained = trained
+            self._ledger.set_meta({"parameters": parameters_of(self._model)})
 
     # Findings.
 

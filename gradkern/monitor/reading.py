@@ -52,6 +52,9 @@ class Reader:
                 for sums, (taken, numel) in zip(values["updates"].tolist(), times["sizes"], strict=True)
             ]
             times["updates"] = np.array(pairs)
+            if "moved" in times:  # nobody knows what became of those that the optimizer does not hold
+                times["updates"] = np.full((len(self._ledger.kinds["update_norm"]), 2), np.nan)
+                times["updates"][times["moved"]] = pairs
             scalars["update_norm"] = math.sqrt(sum(norm**2 for norm, _ in pairs))
         if "exponents" in values:
             times["exponents"] = values["exponents"]

@@ -108,12 +108,32 @@ def test_without_a_graph_the_chain_is_known_by_the_tensors_handed_on() -> None:
             lambda p: torch.optim.AdamW(p, 0.1, eps=1e-7),
             {"type": "AdamW", "eps": 1e-7, "betas": [0.9, 0.999]},
         ),
+        (lambda p: torch.optim.Adafactor(p), {"type": "Adafactor", "lr": 0.01, "eps": None}),
         (lambda p: torch.optim.Adam(p, torch.tensor(0.5)), {"type": "Adam", "lr": 0.5, "fused": None}),
     ],
 )
 def test_the_optimizer_is_described(make: Any, expected: dict[str, Any]) -> None:
     found = optimizer_of(make([nn.Parameter(torch.zeros(1))]))
     assert {key: found[key] for key in expected} == expected
+
+
+def test_a_lazy_module_is_refused() -> None:
+    with pytest.raises(ValueError, match="parameter") as caught:
+        Monitor(nn.Sequential(nn.Linear(2, 2), nn.LazyLinear(3)))
+    assert str(caught.value) == (
+        "Monitor: parameter '1.weight' has no shape yet: its module is lazy. Run a forward pass first, then "
+        "make the optimizer and the Monitor."
+    )
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_compiled_script_is_refused() -> None:
+    with pytest.raises(TypeError) as caught:
+        Monitor(nn.Sequential(nn.Linear(2, 2), torch.jit.script(nn.Linear(2, 1))))
+    assert str(caught.value) == (
+        "Monitor: module '1' is a RecursiveScriptModule, whose parameters cannot be followed from Python. "
+        "Train, and watch, the module it was made from."
+    )
 
 
 def test_tensors_are_found_in_nested_containers() -> None:

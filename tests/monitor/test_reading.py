@@ -291,3 +291,60 @@ def test_with_the_norm_that_torch_gives_rows_are_those_before_clipping(as_number
     monitor, truth = rows_of(clip)
     assert recorded(monitor) == pytest.approx(truth, rel=1e-4)
     assert monitor.record.scalar("grad_clipped_norm")[1][0] == pytest.approx(1e-3, rel=1e-3)
+
+
+def test_of_what_the_optimizer_does_not_hold_no_update_is_recorded() -> None:
+    model = made()
+    first = torch.optim.Adam(model[0].parameters(), lr=1e-3)
+    second = torch.optim.SGD(model[2].parameters(), lr=1e-2)
+    with Monitor(model, first, weights_every=1) as monitor:
+        for _ in range(3):
+            model.zero_grad()
+            loss = model(X).square().mean()
+            loss.backward()
+            before = [param.detach().clone() for param in model[0].parameters()]
+            first.step()
+            second.step()
+            monitor.step(loss)
+    moved = [(param - old).norm().item() for param, old in zip(model[0].parameters(), before, strict=True)]
+    _, rows = monitor.record.rows("update_norm")
+    assert np.isnan(rows).tolist() == [[False, False, True, True]] * 3
+    np.testing.assert_allclose(rows[-1, :2], moved, rtol=1e-5)
+    assert monitor.record.scalar("update_norm")[1][-1] == pytest.approx(math.hypot(*moved), rel=1e-5)
+
+
+def test_an_optimizer_of_another_model_moves_nothing() -> None:
+    model = made()
+    optimizer = torch.optim.SGD(made().parameters(), lr=0.1)
+    with Monitor(model, optimizer, weights_every=1) as monitor:
+        for _ in range(3):
+            optimizer.step()
+            monitor.step(1.0)
+    assert len(monitor.record.rows("update_norm")[0]) == 0
+    assert len(monitor.record.rows("weight_norm")[0]) == 3
+
+
+def test_freezing_and_thawing_is_followed() -> None:
+    model = nn.Linear(2, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with Monitor(model, optimizer, weights_every=2) as monitor:
+        for step in range(6):
+            model.bias.requires_grad_(step < 3)
+            monitor.step(1.0)
+            entries = monitor._ledger.meta["parameters"]
+            assert [entry["requires_grad"] for entry in entries] == [True, step < 4]
+
+
+def test_an_optimizer_without_a_learning_rate_is_watched() -> None:
+    class Relative(torch.optim.Optimizer):
+        def __init__(self, params: Any) -> None:
+            super().__init__(params, {"lr": None, "eps": (1e-30, 1e-3)})
+
+        def step(self, closure: Any = None) -> None:
+            return None
+
+    model = nn.Linear(2, 1)
+    with Monitor(model, Relative(model.parameters())) as monitor:
+        monitor.step(1.0)
+    assert monitor.record.steps.tolist() == [0]
+    assert len(monitor.record.scalar("lr")[0]) == 0

@@ -130,6 +130,8 @@ def diagnose(record: Record) -> Diagnosis:
          Against it: nothing; a bad batch that is only skipped comes back in the next epoch
     """
     view = View.of(record)
+    if not len(view.steps):
+        return Diagnosis(note="Nothing was recorded, so that nothing can be said.")
     found = [finding for finding in detect(view) if not _is_empty(view, finding)]
     alarms = [finding for finding in found if finding.is_alarm]
     infos = [finding for finding in found if not finding.is_alarm]

@@ -101,6 +101,7 @@ class Diagnosis:
         others: findings that stand beside it, information included.
         began: where it began: step, layer, parameter, unit; what is not known is None.
         advice: best first.
+        note: why it is not known whether something is wrong: nothing was recorded, or not to the end.
     """
 
     cause: Finding | None = None
@@ -109,6 +110,7 @@ class Diagnosis:
     others: list[Finding] = field(default_factory=list)
     began: dict[str, int | str | None] = field(default_factory=dict)
     advice: list[Advice] = field(default_factory=list)
+    note: str = ""
 
     @property
     def alarms(self) -> list[Finding]:
@@ -118,8 +120,8 @@ class Diagnosis:
 
     @property
     def is_healthy(self) -> bool:
-        """Whether there is nothing worth an interruption."""
-        return not self.alarms
+        """Whether there is nothing worth an interruption, as far as is known, and enough is known."""
+        return not self.alarms and not self.note
 
     def as_dict(self) -> dict[str, Any]:
         """The diagnosis as JSON has it."""
@@ -130,10 +132,12 @@ class Diagnosis:
             "others": [finding.as_dict() for finding in self.others],
             "began": dict(self.began),
             "advice": [advice.as_dict() for advice in self.advice],
+            "note": self.note,
         }
 
     def __str__(self) -> str:
-        lines = [self._headline()]
+        lines = [self.note] if self.note else []
+        lines += [] if self.note and not self.alarms else [self._headline()]
         if self.cause is not None or self.consequences:
             where = [f"{key} {value}" for key, value in self.began.items() if value is not None]
             if where:
@@ -153,7 +157,7 @@ class Diagnosis:
     def _headline(self) -> str:
         if self.cause is not None:
             return f"Cause ({self.category}): {self.cause.sentence}"
-        if self.is_healthy:
+        if not self.alarms:
             return "Nothing wrong was found."
         return "No single cause explains what was seen."
 

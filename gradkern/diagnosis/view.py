@@ -8,12 +8,14 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import numpy as np
+import numpy.typing as npt
 
 from gradkern.diagnosis import series
 from gradkern.diagnosis.series import Floats
 from gradkern.record.schema import Exponents, Record, Rows, Steps, Values
 
 T = TypeVar("T")
+N = TypeVar("N", bound=np.generic)
 
 
 @dataclass(frozen=True)
@@ -41,10 +43,16 @@ class Module:
 
 
 class View:
-    """A `Record` that reads another one lazily and once. Not to be kept while the other one is written."""
+    """A `Record` that reads another one lazily and once. Not to be kept while the other one is written.
 
-    def __init__(self, record: Record) -> None:
+    Args:
+        record: the other one.
+        until: the last step that is read of it; None for all.
+    """
+
+    def __init__(self, record: Record, until: int | None = None) -> None:
         self._record = record
+        self._until = until
         self._kept: dict[object, Any] = {}
 
     @staticmethod
@@ -62,11 +70,11 @@ class View:
     @property
     def steps(self) -> Steps:
         """See `Record.steps`."""
-        return self.kept("steps", lambda: self._record.steps)
+        return self.kept("steps", lambda: self._cut(self._record.steps, self._record.steps)[0])
 
     def scalar(self, name: str) -> tuple[Steps, Values]:
         """See `Record.scalar`."""
-        return self.kept(("scalar", name), lambda: self._record.scalar(name))
+        return self.kept(("scalar", name), lambda: self._cut(*self._record.scalar(name)))
 
     def scalar_names(self) -> list[str]:
         """See `Record.scalar_names`."""
@@ -78,7 +86,7 @@ class View:
 
     def rows(self, kind: str) -> tuple[Steps, Rows]:
         """See `Record.rows`."""
-        return self.kept(("rows", kind), lambda: self._record.rows(kind))
+        return self.kept(("rows", kind), lambda: self._cut(*self._record.rows(kind)))
 
     def names(self, kind: str) -> list[str]:
         """See `Record.names`."""
@@ -86,7 +94,7 @@ class View:
 
     def exponents(self) -> tuple[Steps, Exponents]:
         """See `Record.exponents`."""
-        return self.kept("exponents", self._record.exponents)
+        return self.kept("exponents", lambda: self._cut(*self._record.exponents()))
 
     @property
     def meta(self) -> dict[str, Any]:
@@ -96,7 +104,17 @@ class View:
     @property
     def events(self) -> list[dict[str, Any]]:
         """See `Record.events`."""
-        return self.kept("events", lambda: self._record.events)
+        return self.kept("events", self._events)
+
+    def _events(self) -> list[dict[str, Any]]:
+        until = math.inf if self._until is None else self._until
+        return [event for event in self._record.events if event["step"] <= until]
+
+    def _cut(self, steps: Steps, values: npt.NDArray[N]) -> tuple[Steps, npt.NDArray[N]]:
+        if self._until is None:
+            return steps, values
+        end = int(np.searchsorted(steps, self._until, "right"))
+        return steps[:end], values[:end]
 
     @property
     def parameters(self) -> dict[str, Parameter]:

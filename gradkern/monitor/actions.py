@@ -63,6 +63,17 @@ def check(on: Mapping[str, Action] | None) -> dict[str, Action]:
     return chosen
 
 
+def check_clipper(clipper: object) -> None:
+    """TypeError if it is none."""
+    from gradkern.clipper import Clipper
+
+    if not isinstance(clipper, Clipper):
+        raise TypeError(
+            f"Monitor: clipper must be a gradkern.Clipper, got {clipper!r}. Pass for instance "
+            "clipper=gradkern.Clipper(model, 1.0)."
+        )
+
+
 def choose(on: Mapping[str, Action], finding: Finding) -> Action | None:
     """What to do about a finding: its kind goes before its severity. Alarms are logged if nothing is said."""
     if finding.kind in on:

@@ -36,6 +36,11 @@ class Parcel:
         """Add what the host knows already."""
         self._ready[name] = values
 
+    @property
+    def is_there(self) -> bool:
+        """Whether `open` does not have to wait. Asks the device, without waiting for it."""
+        return all(event is None or event.query() for _, _, event in self._sent)
+
     def send(self) -> None:
         """Start the copies."""
         for device, tensors in self._away.items():

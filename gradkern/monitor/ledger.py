@@ -39,6 +39,12 @@ class Step:
         self.columns: list[int] | None = None  # where the rows belong, None for all in order
         self.times: dict[str, Any] = {}
 
+    @property
+    def is_there(self) -> bool:
+        """Whether all its numbers are on the host."""
+        seen: Parcel | None = self.times.get("activations")
+        return (self.parcel is None or self.parcel.is_there) and (seen is None or seen.is_there)
+
 
 class Ledger:
     """Puts steps into the history in memory and, if there is one, into the file.

@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import math
 import os
 import time
-import warnings
 import weakref
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Final, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from gradkern import ops
 from gradkern.clip import measure
 from gradkern.diagnosis import Diagnosis, Finding, detect, diagnose
+from gradkern.diagnosis.findings import SEVERITIES
+from gradkern.diagnosis.view import View
 from gradkern.monitor import actions, agreement, around
 from gradkern.monitor.actions import Action, ClipThreshold, TrainingStopped
 from gradkern.monitor.exponents import histogram
@@ -42,15 +48,29 @@ if TYPE_CHECKING:
 
 Loss: TypeAlias = Tensor | float
 Batch: TypeAlias = Any
-T = TypeVar("T")
 
-# The history in memory: 17 scalars of 16 bytes, 15 kinds of rows, each with as much again to grow into.
-MAX_STEPS: Final = 1 << 15
+# The history in memory: 17 scalars of 16 bytes, 15 kinds of rows, each with as much again to grow into. All
+# of it is looked at each time, in some 20 ms. Half is the recent past, more than between two looks.
+MAX_STEPS: Final = 1 << 13
 MAX_ROW_BYTES: Final = 3 << 19
 
 # A finite gradient can make weights that are not only if it is enormous: the square of a norm from which on
 # every step is looked at before the optimizer makes it.
 ALERT: Final = 1e12
+
+# The file gets steps that take longer one by one: a block of them would wait for longer than `BLOCK_SECONDS`.
+SLOW_MS: Final = 50.0
+
+# What the arguments of `step` must be.
+_WANTED: Final = {
+    "loss": "one number, a tensor or a float",
+    "stats": "what gradkern.clip_ or a Clipper gave, or the norm that torch gave: one number from 0 up",
+    "batch": "tensors in tuples, lists or mappings",
+    "scaler": "the torch.amp.GradScaler of the run",
+}
+
+# Monitors that watch. Of those that look at the same parameters the latest is the one that is meant.
+_WATCHING: Final[weakref.WeakSet[Monitor]] = weakref.WeakSet()
 
 # Keys of a batch given as a mapping that hold what is to be predicted.
 _TARGETS: Final = frozenset({"target", "targets", "label", "labels", "y"})
@@ -61,7 +81,8 @@ class Monitor:
 
     Call `step` once per training step, after `optimizer.step()`; or `attach` it to the optimizer. Findings
     come up two steps after the numbers they rest on, so that nothing waits for the step in flight. If the
-    monitor itself fails, it says so once and is quiet from then on.
+    monitor itself fails, it says so once and is quiet from then on. A new monitor of the same parameters
+    closes the one before it; what is open when the process ends is closed then.
 
     Every step: loss, learning rate, clipping, and norm and largest magnitude of every gradient. Every
     `weights_every` steps: norms of the weights and of their updates (of a tensor with more than 65,536
@@ -90,9 +111,12 @@ class Monitor:
             pass of every step; a replay takes another one while it is open.
         max_bytes: of the file.
         name: what the lines that are logged begin with, to tell several monitors apart.
+        first_step: the number of the first step, where a run goes on from a checkpoint. What the file at
+            `path` holds from there on is replaced. None: behind the last step in the file, 0 in a new one.
 
     Raises:
-        ValueError, TypeError: an argument is impossible.
+        ValueError, TypeError: an argument is impossible, or the optimizer or the clipper is that of another
+            model.
         OSError, RecordError: there can be no file at `path`.
 
     >>> model = torch.nn.Linear(2, 1)
@@ -125,6 +149,7 @@ class Monitor:
         keep_batch: bool = False,
         max_bytes: int = 1_000_000_000,
         name: str = "",
+        first_step: int | None = None,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"Monitor: model must be a torch.nn.Module, got {type(model).__name__}.")
@@ -135,15 +160,17 @@ class Monitor:
             ("weights_every", weights_every, 1),
             ("activations_every", activations_every, 0),
             ("sink_every", sink_every, 1),
+            ("max_bytes", max_bytes, 1),
+            ("first_step", 0 if first_step is None else first_step, 0),
         ):
             if not isinstance(number, int) or isinstance(number, bool) or number < least:
                 raise ValueError(
                     f"Monitor: {argument} must be a whole number from {least} up, got {number!r}."
                 )
-        for sink in sinks:
-            if not callable(getattr(sink, "write", None)):
-                raise TypeError(f"Monitor: a sink needs a method write(step, values), got {sink!r}.")
         check_model(model)
+        if not isinstance(keep_batch, bool):
+            raise TypeError(f"Monitor: keep_batch must be True or False, got {keep_batch!r}.")
+        self._closed = False
         self._on = actions.check(on)
         self._voice = actions.Voice(name)
         self._threshold = ClipThreshold(clipper) if "clip" in self._on.values() else None
@@ -151,6 +178,11 @@ class Monitor:
         self._model: nn.Module = compiled if isinstance(compiled, nn.Module) else model
         self._tracked = Tracked(self._model, "Monitor")
         Names.keeps_ids = True
+        if optimizer is not None:
+            self._check_shared(_stepped_by(optimizer), f"the {type(optimizer).__name__}")
+        if clipper is not None:
+            actions.check_clipper(clipper)
+            self._check_shared(clipper._stepper.tracked.params, "the Clipper")
         self._clipper = clipper
         self._stepper = None if clipper is None else clipper._stepper
         self._hook_count = 0  # of the optimizer, when it was looked at for a clipper last
@@ -161,25 +193,30 @@ class Monitor:
         self._every, self._weights_every, self._activations_every = every, weights_every, activations_every
         self._outlet = Outlet(sinks, sink_every, per_tensor)
 
+        self._retire(_stepped_by(optimizer) if optimizer is not None else self._tracked.params)
         self._record = MemoryRecord(max_steps=MAX_STEPS, max_bytes=MAX_ROW_BYTES)
         self._writer = None if path is None else Writer(path, max_bytes=max_bytes)
         self._ledger = Ledger(self._record, self._writer, weights_every)
         self._reader = Reader(self._ledger)
-        self._next = 0
+        self._next = first_step or 0
         if self._writer is not None:
             shapes = {entry["name"]: entry["shape"] for entry in parameters_of(self._model)}
-            self._next = self._writer.go_on(shapes)
+            self._next = self._writer.go_on(shapes, first_step)
         self._first = self._next
         self._weights: list[tuple[int, str, Tensor]] = []
         self._seen_names: tuple[Any, ...] | None = None
         self._seen_columns: list[int] | None = None
 
-        self._pending: deque[Step] = deque()
+        self._pending: deque[Step] = deque()  # those of which no verdict was taken
+        self._unread: deque[Step] = deque()  # those whose numbers were not read
         self._last_time = time.perf_counter()
         self._agrees = bool(self._on.keys()) and agreement.is_needed()
         self._schedule = Schedule(self._first, agreement.EVERY if self._agrees else None)
         self._found: dict[tuple[str, str], Finding] = {}
+        self._done: dict[str, int] = {}  # how bad what was acted on was at worst, by kind
         self._findings: list[Finding] = []
+        self._failure = ""
+        self._left_out: set[str] = set()
 
         self.loss: Loss | None = None
         self.batch: Batch | None = None
@@ -197,13 +234,18 @@ class Monitor:
         self._scale: Tensor | None = None
         self._asked = self._first - 1  # the last step of which it was asked whether to look
         self._is_alert = True
-        self._off = self._closed = False
+        self._off = False
         self._replay = Replay(self._model) if keep_batch else None
 
         self._describe(optimizer)
         if optimizer is not None:
             self._hook(optimizer)
         self._prepare()
+        _WATCHING.add(self)
+        self._process = os.getpid()
+        # After that of the writer, so that it comes before it.
+        self._at_exit = partial(_close, weakref.ref(self))
+        atexit.register(self._at_exit)
 
     # What users call.
 
@@ -224,21 +266,21 @@ class Monitor:
             batch: tensors in tuples, lists or mappings, to look at data. A pair is (inputs, targets).
             scaler: of mixed precision.
 
+        What cannot be used is left out, and said once.
+
         Raises:
             TrainingStopped: a finding came up for which `on` says "stop". Nothing else is ever raised.
         """
-        was_off = self._off
-        if not was_off:
-            try:
-                with torch.no_grad():
-                    self._take(loss, stats, batch, scaler)
-            except TrainingStopped:
-                raise
-            except Exception as error:
-                self._fail(error)
-        if self._off and self._agrees and not self._closed:
-            self._next += was_off
-            self._keep_meeting()
+        if self._attached or self._closed:
+            self._voice.warn(
+                "Monitor.step: the monitor is closed; nothing is recorded any more."
+                if self._closed
+                else "Monitor.step: the monitor is attached: every optimizer.step() ends a step already. "
+                "Leave out this call, and set monitor.loss before optimizer.step().",
+                stacklevel=2,
+            )
+            return
+        self._end(loss, stats, batch, scaler)
 
     def attach(self, optimizer: torch.optim.Optimizer) -> Monitor:
         """End a step with every `optimizer.step()` from now on. Returns the monitor.
@@ -265,10 +307,15 @@ class Monitor:
             raise ValueError("Monitor.attach: it watches another optimizer already; make a second Monitor.")
         if self._attached:
             raise ValueError("Monitor.attach: it is attached already. Leave out this call.")
-        if self._optimizer is None:
-            self._hook(optimizer)
-            self._describe(optimizer)
-            self._sampler.forget()  # it is taken around the optimizer's step from now on
+        if self._optimizer is not None:
+            raise ValueError(
+                "Monitor.attach: it has an optimizer already, and waits for monitor.step(loss) after each "
+                "step. To attach it, make it without: Monitor(model).attach(optimizer)."
+            )
+        self._check_shared(_stepped_by(optimizer), f"the {type(optimizer).__name__}")
+        self._hook(optimizer)
+        self._describe(optimizer)
+        self._sampler.forget()  # it is taken around the optimizer's step from now on
         self._attached = True
         return self
 
@@ -281,7 +328,12 @@ class Monitor:
     def diagnosis(self) -> Diagnosis:
         """One root cause, what follows from it, and what to do. Waits for the device."""
         self._catch_up()
-        return _quietly(diagnose, self._record)
+        found = diagnose(self._record)
+        if self._failure:
+            return replace(found, note=self._failure)
+        if "loss" in self._left_out and "loss" not in self._record.scalar_names():
+            return replace(found, note=f"No loss was recorded: it must be {_WANTED['loss']}.")
+        return found
 
     @property
     def record(self) -> Record:
@@ -322,15 +374,24 @@ class Monitor:
         return norms
 
     def close(self) -> None:
-        """Record what is left, look at it, and take everything away again. May be called twice."""
+        """Record what is left, look at it, and take everything away again. May be called twice.
+
+        What is found now is logged and given to functions of `on`: too late to stop, or to clip.
+        """
         if self._closed:
             return
-        self._catch_up()
+        if os.getpid() != self._process:
+            self._closed = self._off = True  # a forked child, which has neither the run nor the file
+            return
+        self._catch_up(close=True)
         self._closed = self._off = True
-        self._take_away()
-        self._outlet.close()
-        if self._writer is not None:
-            self._writer.close()
+        atexit.unregister(self._at_exit)
+        try:
+            self._take_away()
+            self._outlet.close()
+        finally:
+            if self._writer is not None:
+                self._writer.close()
 
     def __enter__(self) -> Monitor:
         return self
@@ -343,7 +404,32 @@ class Monitor:
     ) -> None:
         self.close()
 
+    def __del__(self) -> None:
+        # Forgotten without `close`: what it holds is written, and its file can be opened again.
+        with contextlib.suppress(Exception):
+            self.close()
+
     # A step, on the loop's thread. Nothing here waits for a device.
+
+    def _end(
+        self,
+        loss: Loss | None,
+        stats: GradStats | Tensor | float | None,
+        batch: Batch | None,
+        scaler: torch.amp.GradScaler | None,
+    ) -> None:
+        was_off = self._off
+        try:
+            if not was_off:
+                with torch.no_grad():
+                    self._take(loss, stats, batch, scaler)
+        except TrainingStopped:
+            raise
+        except Exception as error:
+            self._fail(error)
+        if self._off and self._agrees and not self._closed:
+            self._next += was_off
+            self._keep_meeting()
 
     def _take(
         self,
@@ -363,15 +449,27 @@ class Monitor:
         if number > self._first:
             step.scalars["step_ms"] = 1000 * (now - self._last_time)
         self._last_time = now
-        self._take_loss(step, loss)
+        try:
+            self._take_loss(step, loss)
+        except Exception:
+            self._leave_out("loss", loss)
         self._take_rate(step)
+        if not (stats is None or isinstance(stats, GradStats) or _is_norm(stats)):
+            self._leave_out("stats", stats)
+            stats = None
         self._take_stats(step, stats)
-        scaler = self._scaler() if scaler is None else scaler
-        if scaler is not None and scaler.is_enabled():
-            self._take_scale(step, scaler)
+        try:
+            scaler = self._scaler() if scaler is None else scaler
+            if scaler is not None and scaler.is_enabled():
+                self._take_scale(step, scaler)
+        except Exception:
+            self._leave_out("scaler", scaler)
         self._take_verdict(step)
-        if batch is not None:
-            self._take_batch(step, batch)
+        try:
+            if batch is not None:
+                self._take_batch(step, batch)
+        except Exception:
+            self._leave_out("batch", batch)
         if self._optimizer is None:
             self._without_optimizer(number)
         self._take_extras(step)
@@ -383,8 +481,18 @@ class Monitor:
             self._replay.end(batch)
         self._prepare()
         self._pending.append(step)
-        if len(self._pending) > LAG:
-            self._settle(self._pending.popleft())
+        self._unread.append(step)
+        self._settle(step.scalars.get("step_ms", 0.0))
+
+    def _leave_out(self, argument: str, value: object) -> None:
+        """Say once that an argument of `step` cannot be used."""
+        if argument not in self._left_out:
+            self._left_out.add(argument)
+            what = type(value).__name__ + (f" {list(value.shape)}" if isinstance(value, Tensor) else "")
+            self._voice.warn(
+                f"Monitor.step: {argument} must be {_WANTED[argument]}; got {what}. It is left out.",
+                stacklevel=4,
+            )
 
     def _prepare(self) -> None:
         """Get ready for the step `self._next`."""
@@ -631,7 +739,7 @@ class Monitor:
                 self._fail(error)
         if self._attached:
             loss, batch, self.loss, self.batch = self.loss, self.batch, None, None
-            self.step(loss, batch=batch)
+            self._end(loss, None, batch, None)
 
     def _last_is_nonfinite(self) -> bool:
         """Whether an element of the last gradient is NaN or Inf: after a bad loss all of them are.
@@ -690,28 +798,41 @@ class Monitor:
                 return self._ledger.places[known]
         return -1
 
-    # Two steps later, on the host.
+    # On the host, when the numbers are there.
 
-    def _settle(self, step: Step) -> None:
-        values = {} if step.parcel is None else step.parcel.open()
-        self._reader.read(step, values)
-        self._ledger.add(step)
-        if self._outlet:
-            self._outlet.tell(step, self._ledger.names)
-        if not self._reader.origin_known:
-            self._reader.look_for_origin(step, values)
-        due = self._schedule.is_due(step.number, step.scalars)
-        if due or self._ledger.is_due:
+    def _settle(self, step_ms: float) -> None:
+        """Hand on what is on the host, and take the verdict on the step `LAG` steps ago."""
+        step = self._pending.popleft() if len(self._pending) > LAG else None
+        self._read(-1 if step is None else step.number)
+        due = step is not None and self._schedule.is_due(step.number, step.scalars)
+        stands_out = step is not None and self._schedule.stands_out and self._writer is not None
+        is_slow = self._writer is not None and step_ms > SLOW_MS
+        if due or stands_out or is_slow or self._ledger.is_due:
             self._ledger.flush()
+        if step is None:
+            return
+        if stands_out and self._writer is not None:
+            self._writer.incident(step.number)
         if due:
-            self._look(step.number, act=True)
+            self._decide(step.number)
         self._asked = step.number
+
+    def _read(self, until: int) -> None:
+        """Make sense of the numbers of the steps up to `until`, and of later ones that are there already."""
+        while self._unread and (self._unread[0].number <= until or self._unread[0].is_there):
+            step = self._unread.popleft()
+            values = {} if step.parcel is None else step.parcel.open()
+            self._reader.read(step, values)
+            self._ledger.add(step)
+            if self._outlet:
+                self._outlet.tell(step, self._ledger.names)
+            if not self._reader.origin_known:
+                self._reader.look_for_origin(step, values)
 
     def _describe(self, optimizer: torch.optim.Optimizer | None) -> None:
         """Names and description of parameters as they are now."""
         if self._ledger.names:
-            while self._pending:
-                self._settle_quietly(self._pending.popleft())
+            self._read(self._next)
             self._ledger.flush()
         self._ledger.set_parameters(self._tracked.names, [param.numel() for param in self._tracked.params])
         self._seen_names = None
@@ -740,59 +861,94 @@ class Monitor:
 
     # Findings.
 
-    def _look(self, number: int, act: bool) -> None:
-        """Run the detectors over the record, which goes up to step `number`."""
-        found = _quietly(detect, self._record)
-        fresh = []
+    def _look(self, until: int) -> list[Finding]:
+        """Run the detectors over the record up to a step. Gives back what nothing was done about yet."""
+        found = detect(View(self._record, until))
         for finding in found:
-            key = (finding.kind, finding.severity)
-            if key not in self._found:
-                self._found[key] = finding
-                fresh.append(finding)
+            self._found.setdefault(_key(finding), finding)
         # What the bounded history has forgotten was found all the same.
         kinds = {finding.kind for finding in found}
         old = [finding for finding in self._found.values() if finding.kind not in kinds and finding.is_alarm]
         self._findings = sorted([*found, *old], key=lambda finding: finding.step)
-        if any(finding.is_alarm for finding in fresh) and self._writer is not None:
-            self._writer.incident(number)
-        if not act:
-            return
-        stop: Finding | None = None
+        fresh, done = [], dict(self._done)
+        for finding in found:
+            if _badness(finding) > done.get(finding.kind, -1):
+                done[finding.kind] = _badness(finding)
+                fresh.append(finding)
+        return fresh
+
+    def _decide(self, number: int) -> None:
+        """Look at the record, and do what is to be done after step `number`."""
+        fresh = self._look(number)
+        self._keep_rows(fresh)
         todo = self._agreed(fresh) if self._agrees else fresh
         self._asked = number
+        self._do(number, todo)
+
+    def _keep_rows(self, fresh: list[Finding]) -> None:
+        """Have the file keep the rows from around alarms."""
+        for finding in fresh:
+            if finding.is_alarm and self._writer is not None:
+                self._writer.incident(finding.step)
+
+    def _do(self, number: int, todo: list[Finding]) -> None:
+        """Do all that is to be done; stopping comes last."""
         for finding in todo:
-            stop = self._act(number, finding) or stop
-        if stop is not None:
-            raise TrainingStopped(stop, _quietly(diagnose, self._record))
+            self._done[finding.kind] = max(_badness(finding), self._done.get(finding.kind, -1))
+        stops = [finding for finding in todo if self._act(number, finding)]
+        if stops:
+            known = Diagnosis() if self._off else diagnose(View(self._record, number))
+            raise TrainingStopped(stops[-1], known)
 
     def _agreed(self, fresh: list[Finding]) -> list[Finding]:
         """The findings of all ranks, so that all of them do the same. Waits for the other ranks."""
-        found = agreement.gather(fresh)
+        try:
+            found = agreement.gather(fresh)
+        except Exception as error:
+            self._part(error)
+            return fresh
         for finding in found:
-            self._found.setdefault((finding.kind, finding.severity), finding)
+            self._found.setdefault(_key(finding), finding)
         return found
+
+    def _least(self, value: float) -> float:
+        try:
+            return agreement.least(value)
+        except Exception as error:
+            self._part(error)
+            return value
+
+    def _part(self, error: Exception) -> None:
+        """The other ranks are gone: meeting them again would only be waited for."""
+        self._agrees = False
+        self._voice.tell(
+            f"The other ranks cannot be reached: {type(error).__name__}: {error}. Findings are acted on by "
+            "this rank alone from now on."
+        )
 
     def _keep_meeting(self) -> None:
         """A monitor that has failed goes on to meet those of the other ranks, which would wait for it."""
-        while self._asked < self._next - 1 - LAG:
+        while self._agrees and self._asked < self._next - 1 - LAG:
             self._asked += 1
             if self._schedule.is_due(self._asked, {}):
-                stops = [self._act(self._asked, finding) for finding in self._agreed([])]
-                for stop in stops:
-                    if stop is not None:
-                        raise TrainingStopped(stop, Diagnosis())
+                self._do(self._asked, self._agreed([]))
 
-    def _act(self, number: int, finding: Finding) -> Finding | None:
-        """Do what is to be done about a finding. Gives it back if that is to stop."""
+    def _act(self, number: int, finding: Finding, *, is_last: bool = False) -> bool:
+        """Do what is to be done about a finding. Returns whether that is to stop.
+
+        When the monitor closes (`is_last`) there is nothing left to stop or clip, and ranks do not meet.
+        """
         action = actions.choose(self._on, finding)
         if action is None:
-            return None
+            return False
         self._voice.find(finding)
+        if is_last and (self._agrees or not callable(action)):
+            return False
         if action == "stop":
             self._ledger.event(number, "stopped", {"finding": finding.kind})
-            return finding
+            return True
         if action == "clip" and self._threshold is not None:
-            done = self._threshold.recommend(self._record, finding, agreement.least if self._agrees else None)
+            done = self._threshold.recommend(self._record, finding, self._least if self._agrees else None)
             if done is not None:
                 self._ledger.event(number, "clip_threshold", done)
                 self._voice.tell(f"Clipping at {done['to']:.4g} from now on: {done['why']}.")
@@ -800,35 +956,59 @@ class Monitor:
             try:
                 action(self, finding)
             except TrainingStopped:
-                raise
+                if not is_last:
+                    raise
             except Exception as error:
                 self._voice.tell(f"The action on {finding.kind} failed: {type(error).__name__}: {error}")
-        return None
+        return False
 
-    def _catch_up(self, look: bool = True) -> None:
-        """Settle every step so far, and look at all of it."""
+    def _catch_up(self, *, look: bool = True, close: bool = False) -> None:
+        """Read and record every step so far, and look at all of it. The verdicts on them keep their time.
+
+        With `close` it is time for all verdicts.
+        """
         if self._closed:
             return
         try:
-            while self._pending:
-                self._settle_quietly(self._pending.popleft())
+            self._read(self._next)
             self._ledger.flush()
-            if look:
-                self._look(self._next - 1, act=False)
+            fresh = self._look(self._next) if look else []
         except Exception as error:
             self._fail(error)
-
-    def _settle_quietly(self, step: Step) -> None:
-        """As `_settle`, but nothing is done about what is found."""
-        values = {} if step.parcel is None else step.parcel.open()
-        self._reader.read(step, values)
-        self._ledger.add(step)
-        if self._outlet:
-            self._outlet.tell(step, self._ledger.names)
-        if not self._reader.origin_known:
-            self._reader.look_for_origin(step, values)
+            return
+        if close:
+            for step in self._pending:
+                self._schedule.is_due(step.number, step.scalars)
+                if self._schedule.stands_out and self._writer is not None:
+                    self._writer.incident(step.number)
+            self._keep_rows(fresh)
+            for finding in fresh:
+                self._act(self._next - 1, finding, is_last=True)
 
     # Coming and going.
+
+    def _check_shared(self, params: Iterable[Tensor], whose: str) -> None:
+        """Refuse what belongs to another model."""
+        ours, theirs = {id(param) for param in self._tracked.params}, {id(param) for param in params}
+        if ours and theirs and not ours & theirs:
+            raise ValueError(
+                f"Monitor: {whose} holds none of the model's {len(ours)} parameters. Was the model made anew "
+                "after it? Make it of this model's parameters. If it steps copies of them, leave it out."
+            )
+
+    def _retire(self, params: Iterable[Tensor]) -> None:
+        """Close the monitors that watch any of these parameters: those of a cell that is run again."""
+        ours = {id(param) for param in params}
+        for other in list(_WATCHING):
+            if not other._closed and ours & {id(param) for param in other._watched()}:
+                other.close()
+                self._voice.tell(
+                    f"A new Monitor watches the same parameters: the one before it was closed at "
+                    f"step {other._next}."
+                )
+
+    def _watched(self) -> list[Tensor]:
+        return self._tracked.params if self._optimizer is None else _stepped_by(self._optimizer)
 
     def _hook(self, optimizer: torch.optim.Optimizer) -> None:
         self._optimizer = optimizer
@@ -866,18 +1046,39 @@ class Monitor:
             if trace is None
             else f" ({os.path.basename(trace.tb_frame.f_code.co_filename)}:{trace.tb_lineno})"
         )
+        what = f"{type(error).__name__}: {error}{where}"
+        self._failure = f"The monitor failed at step {self._next - 1} and has seen nothing since. {what}"
         self._voice.warn(
             f"the monitor failed at step {self._next - 1} and is quiet from now on; training is not "
-            f"affected. {type(error).__name__}: {error}{where}",
-            stacklevel=4,
+            f"affected. {what}",
+            stacklevel=5,
         )
 
 
-def _quietly(function: Callable[[Record], T], record: Record) -> T:
-    """Without the warnings of numpy about series that are all NaN."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)
-        return function(record)
+def _close(reference: weakref.ref[Monitor]) -> None:
+    """At the end of the process, if the monitor is still there: an exception has ended the run, perhaps."""
+    monitor = reference()
+    if monitor is not None:
+        with contextlib.suppress(Exception):
+            monitor.close()
+
+
+def _key(finding: Finding) -> tuple[str, str]:
+    return finding.kind, finding.severity
+
+
+def _badness(finding: Finding) -> int:
+    return SEVERITIES.index(finding.severity)
+
+
+def _stepped_by(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    return [param for group in optimizer.param_groups for param in group["params"]]
+
+
+def _is_norm(stats: object) -> bool:
+    if isinstance(stats, Tensor):
+        return stats.numel() == 1 and not stats.is_complex()
+    return isinstance(stats, (int, float, np.floating)) and not stats < 0
 
 
 def _split(batch: Batch) -> tuple[list[Tensor], list[Tensor]]:

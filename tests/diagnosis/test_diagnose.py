@@ -14,8 +14,10 @@ from tests.diagnosis.synthetic import falling, flat, layers, noisy, parameter, r
 LOST = [2.0, 1.8, 1.6, 5.0, 300.0, *[math.nan] * 60]
 
 
-def test_an_empty_record_is_healthy() -> None:
-    assert str(diagnose(MemoryRecord())) == "Nothing wrong was found."
+def test_of_an_empty_record_nothing_can_be_said() -> None:
+    found = diagnose(MemoryRecord())
+    assert str(found) == "Nothing was recorded, so that nothing can be said."
+    assert not found.is_healthy
 
 
 @pytest.mark.parametrize("kind", DETECTORS)

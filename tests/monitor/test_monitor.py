@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import math
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +19,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import gradkern
-from gradkern.monitor import Monitor
+from gradkern.monitor import LogSink, Monitor
 from gradkern.monitor.schedule import LAG
 from tests.monitor.runs import Net, batches, train
 
@@ -40,6 +43,10 @@ def made(seed: int = 0, reentrant: bool | None = None) -> Net:
 def simple() -> tuple[nn.Linear, torch.optim.SGD]:
     model = nn.Linear(2, 1)
     return model, torch.optim.SGD(model.parameters(), lr=0.01)
+
+
+def broken(monitor: Monitor) -> None:
+    monitor._take_rate = None  # type: ignore[assignment,method-assign]
 
 
 def one_step(model: nn.Module, optimizer: torch.optim.Optimizer, factor: float = 1.0) -> torch.Tensor:
@@ -212,6 +219,12 @@ def test_attached_every_optimizer_step_is_a_step() -> None:
     assert monitor.record.steps.tolist() == [0, 1, 2]
 
 
+def test_attaching_a_monitor_that_has_its_optimizer_is_refused() -> None:
+    model, optimizer = simple()
+    with Monitor(model, optimizer) as monitor, pytest.raises(ValueError, match="has an optimizer already"):
+        monitor.attach(optimizer)
+
+
 def test_attaching_twice_says_what_to_do() -> None:
     model, optimizer = simple()
     monitor = Monitor(model).attach(optimizer)
@@ -233,13 +246,213 @@ def test_closing_takes_every_hook_away() -> None:
 def test_a_failure_is_said_once_and_never_raised() -> None:
     model, optimizer = simple()
     monitor = Monitor(model, optimizer)
-    with pytest.warns(UserWarning, match="the monitor failed at step 0 .* one number") as caught:
-        monitor.step(torch.ones(3))
+    broken(monitor)
+    with pytest.warns(UserWarning, match="the monitor failed at step 0 .* TypeError: ") as caught:
+        monitor.step(1.0)
     assert len(caught) == 1
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         monitor.step(one_step(model, optimizer))
         monitor.close()
+
+
+def test_a_failure_is_not_raised_where_warnings_are_errors(caplog: pytest.LogCaptureFixture) -> None:
+    model, optimizer = simple()
+    monitor = Monitor(model, optimizer)
+    broken(monitor)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        monitor.step(1.0)
+    assert "the monitor failed at step 0" in caplog.text
+
+
+def test_a_monitor_that_has_failed_does_not_call_the_run_healthy() -> None:
+    model, optimizer = simple()
+    monitor = Monitor(model, optimizer)
+    for _ in range(5):
+        monitor.step(1.0)
+    broken(monitor)
+    with pytest.warns(UserWarning, match="the monitor failed at step 5"):
+        monitor.step(1.0)
+    assert str(monitor.diagnosis()).startswith(
+        "The monitor failed at step 5 and has seen nothing since. Type"
+    )
+    assert not monitor.diagnosis().is_healthy
+    monitor.close()
+
+
+def test_before_the_first_step_nothing_can_be_said() -> None:
+    with Monitor(nn.Linear(1, 1)) as monitor:
+        assert str(monitor.diagnosis()) == "Nothing was recorded, so that nothing can be said."
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            {"loss": torch.ones(3)},
+            "loss must be one number, a tensor or a float; got Tensor [3]. It is left out.",
+        ),
+        ({"stats": {"norm": 1.0}}, "stats must be what gradkern.clip_ or a Clipper gave, .* got dict"),
+        ({"stats": -1.0}, "stats must be what gradkern.clip_ or a Clipper gave, .* got float"),
+        ({"scaler": True}, "scaler must be the torch.amp.GradScaler of the run; got bool"),
+    ],
+)
+def test_an_argument_that_cannot_be_used_is_left_out_and_said_once(
+    arguments: dict[str, Any], message: str
+) -> None:
+    model, optimizer = simple()
+    with Monitor(model, optimizer) as monitor:
+        loss = one_step(model, optimizer)
+        with pytest.warns(UserWarning, match="Monitor.step: " + message.replace("[", r"\[")):
+            monitor.step(**{"loss": loss, **arguments})
+        monitor.step(**{"loss": one_step(model, optimizer), **arguments})
+        monitor.step(one_step(model, optimizer))
+    assert monitor.record.steps.tolist() == [0, 1, 2]
+    assert (monitor.record.scalar("grad_norm")[1] > 0).all()
+    assert monitor.record.scalar("loss")[0][-1] == 2
+
+
+def test_a_run_of_which_every_loss_was_left_out_is_not_called_healthy() -> None:
+    model, optimizer = simple()
+    with Monitor(model, optimizer) as monitor:
+        one_step(model, optimizer)
+        with pytest.warns(UserWarning, match="loss must be one number"):
+            monitor.step(torch.ones(3))
+    assert str(monitor.diagnosis()) == "No loss was recorded: it must be one number, a tensor or a float."
+
+
+@pytest.mark.parametrize("what", ["closed", "attached"])
+def test_a_step_that_does_not_count_says_so_once(what: str) -> None:
+    model, optimizer = simple()
+    monitor = Monitor(model).attach(optimizer)
+    if what == "closed":
+        monitor.close()
+    with pytest.warns(UserWarning, match=f"Monitor.step: the monitor is {what}"):
+        monitor.step(1.0)
+    monitor.step(1.0)
+    monitor.close()
+    assert len(monitor.record.steps) == 0
+
+
+def test_asking_does_not_take_the_place_of_acting(caplog: pytest.LogCaptureFixture) -> None:
+    model, optimizer = simple()
+    monitor = Monitor(model, optimizer, on={"loss_nonfinite": "stop"})
+    for step in range(5 + LAG):
+        monitor.step(math.nan if step == 5 else 1.0)
+        assert [finding.kind for finding in monitor.findings] == ["loss_nonfinite"] * (step >= 5)
+    with pytest.raises(gradkern.TrainingStopped):
+        monitor.step(1.0)
+    monitor.close()
+
+
+def test_an_action_may_ask_for_the_diagnosis() -> None:
+    model, optimizer = simple()
+    asked: list[str] = []
+    on = {
+        "grad_nonfinite": lambda monitor, _: asked.append(str(monitor.diagnosis())),
+        "loss_nonfinite": "stop",
+    }
+    with Monitor(model, optimizer, on=on) as monitor:
+        for step in range(4 + LAG):
+            monitor.step(one_step(model, optimizer, math.nan if step == 4 else 1.0))
+        with pytest.raises(gradkern.TrainingStopped):
+            monitor.step(1.0)
+    assert len(asked) == 1
+
+
+def test_what_is_found_at_the_end_is_logged_and_handed_on(caplog: pytest.LogCaptureFixture) -> None:
+    seen: list[str] = []
+    model, optimizer = simple()
+    on = {"grad_nonfinite": lambda _, finding: seen.append(finding.kind), "loss_nonfinite": "stop"}
+    with Monitor(model, optimizer, on=on) as monitor:
+        for step in range(6):
+            monitor.step(one_step(model, optimizer, math.nan if step == 5 else 1.0))
+    assert "The loss became NaN at step 5" in caplog.text
+    assert seen == ["grad_nonfinite"]
+
+
+def test_rows_around_every_trouble_are_kept(tmp_path: Path) -> None:
+    model, optimizer = simple()
+    with Monitor(model, optimizer, path=tmp_path / "run.gk") as monitor:
+        for step in range(300):
+            loss = one_step(model, optimizer)
+            monitor.step(math.nan if step in (100, 200, 299) else loss)
+    assert gradkern.Run.open(tmp_path / "run.gk").incidents == [100, 200, 299]
+
+
+@pytest.mark.parametrize("has_optimizer", [False, True])
+def test_a_new_monitor_closes_the_one_before(has_optimizer: bool, caplog: pytest.LogCaptureFixture) -> None:
+    model, optimizer = simple()
+    first = Monitor(model, optimizer if has_optimizer else None)
+    first.step(1.0)
+    with Monitor(model, optimizer) as second:
+        second.step(1.0)
+    assert len(optimizer._optimizer_step_pre_hooks) == 0
+    assert caplog.messages == [
+        "A new Monitor watches the same parameters: the one before it was closed at step 1."
+    ]
+    assert first.record.steps.tolist() == [0]
+
+
+def test_a_new_monitor_goes_on_in_the_file_of_the_one_before(tmp_path: Path) -> None:
+    model, optimizer = simple()
+    for _ in range(3):
+        monitor = Monitor(model, optimizer, path=tmp_path / "run.gk")
+        for _ in range(5):
+            monitor.step(one_step(model, optimizer))
+    monitor.close()
+    assert gradkern.Run.open(tmp_path / "run.gk").steps.tolist() == list(range(15))
+
+
+def test_monitors_of_other_parameters_stay(caplog: pytest.LogCaptureFixture) -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1))
+    parts = [torch.optim.SGD(part.parameters(), lr=0.1) for part in model]
+    with Monitor(model, parts[0]), Monitor(model, parts[1]):
+        assert not caplog.messages
+
+
+def test_a_monitor_that_is_forgotten_is_written_and_its_file_free_again(tmp_path: Path) -> None:
+    for _ in range(2):
+        model, optimizer = simple()
+        monitor = Monitor(model, optimizer, path=tmp_path / "run.gk")
+        monitor.step(one_step(model, optimizer))
+        del model, optimizer, monitor
+        gc.collect()
+    assert gradkern.Run.open(tmp_path / "run.gk").steps.tolist() == [0, 1]
+
+
+ENDING = """
+import os, signal, sys, time
+import torch
+import gradkern
+
+model = torch.nn.Linear(2, 1)
+optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+monitor = gradkern.Monitor(model, optimizer, path=sys.argv[1])
+for step in range(6 if sys.argv[2] == "slow" else 40):
+    optimizer.zero_grad()
+    loss = model(torch.ones(4, 2)).square().mean()
+    loss.backward()
+    optimizer.step()
+    monitor.step(loss)
+    if sys.argv[2] == "slow":
+        time.sleep(0.3)
+if sys.argv[2] == "slow":
+    time.sleep(0.7)
+    os.kill(os.getpid(), signal.SIGKILL)
+if sys.argv[2] == "raises":
+    raise RuntimeError("the loop's own")
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs SIGKILL")
+@pytest.mark.parametrize(("how", "steps"), [("slow", 6), ("raises", 40), ("ends", 40)])
+def test_what_was_recorded_outlives_the_process(how: str, steps: int, tmp_path: Path) -> None:
+    # "slow": killed a second after a step of its own length, with two steps of which no verdict was taken.
+    path = tmp_path / "run.gk"
+    subprocess.run([sys.executable, "-c", ENDING, path, how], capture_output=True, check=False)
+    assert gradkern.Run.open(path).steps.tolist() == list(range(steps))
 
 
 def test_a_failing_action_does_not_reach_the_loop(caplog: pytest.LogCaptureFixture) -> None:
@@ -281,6 +494,16 @@ def test_a_resumed_run_goes_on_behind_the_last_step(tmp_path: Path) -> None:
             for _ in range(4):
                 monitor.step(one_step(model, optimizer))
     assert gradkern.Run.open(tmp_path / "run.gk").steps.tolist() == list(range(8))
+
+
+def test_a_run_that_goes_on_from_a_checkpoint_is_numbered_from_there(tmp_path: Path) -> None:
+    model, optimizer = simple()
+    for first in (0, 3):
+        with Monitor(model, optimizer, path=tmp_path / "run.gk", first_step=first) as monitor:
+            for step in range(first, 6):
+                monitor.step(float(first + step))
+    assert monitor.record.steps.tolist() == [3, 4, 5]
+    assert gradkern.Run.open(tmp_path / "run.gk").scalar("loss")[1].tolist() == [0, 1, 2, 6, 7, 8]
 
 
 def test_the_norm_that_torch_gives_is_taken_as_the_one_before_clipping() -> None:
@@ -432,11 +655,42 @@ def test_a_gradient_that_goes_bad_in_backward_is_named() -> None:
         ({"on": {"nonsense": "log"}}, "on has no kind 'nonsense'"),
         ({"on": {"error": "sing"}}, "'log', 'clip', 'stop' or a function"),
         ({"on": {"error": "clip"}}, "Pass Monitor"),
+        ({"max_bytes": 0}, "max_bytes must be a whole number from 1 up"),
+        ({"first_step": -1}, "first_step must be a whole number from 0 up"),
+        (
+            {"optimizer": simple()[1]},
+            "the SGD holds none of the model's 2 parameters. Was the model made anew",
+        ),
+        (
+            {"clipper": gradkern.Clipper(nn.Linear(1, 1))},
+            "the Clipper holds none of the model's 2 parameters",
+        ),
     ],
 )
 def test_an_impossible_argument_is_refused(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Monitor(nn.Linear(1, 1), **arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"clipper": 1.0}, "clipper must be a gradkern.Clipper, got 1.0"),
+        ({"keep_batch": "yes"}, "keep_batch must be True or False, got 'yes'"),
+        ({"sinks": LogSink()}, "Pass sinks="),
+    ],
+)
+def test_an_argument_of_another_type_is_refused(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        Monitor(nn.Linear(1, 1), **arguments)
+
+
+def test_an_optimizer_of_another_model_is_not_attached() -> None:
+    with (
+        Monitor(nn.Linear(1, 1)) as monitor,
+        pytest.raises(ValueError, match="holds none of the model's 2 parameters"),
+    ):
+        monitor.attach(simple()[1])
 
 
 def test_replaying_the_last_step_repeats_it_to_the_bit() -> None:
@@ -460,9 +714,6 @@ def test_replaying_the_last_step_repeats_it_to_the_bit() -> None:
 
 
 def test_importing_gradkern_does_not_import_the_monitor() -> None:
-    import subprocess
-    import sys
-
     code = "import sys, gradkern; print([m for m in ('gradkern.monitor', 'sqlite3') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
@@ -470,9 +721,6 @@ def test_importing_gradkern_does_not_import_the_monitor() -> None:
 
 @pytest.mark.parametrize("name", ["Monitor", "Run", "TrainingStopped"])
 def test_without_numpy_it_says_what_to_install(name: str) -> None:
-    import subprocess
-    import sys
-
     code = f"import sys; sys.modules['numpy'] = None; import gradkern; gradkern.{name}"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     wanted = f"gradkern.{name} needs numpy, which is not installed: pip install 'gradkern[monitor]'"

@@ -17,6 +17,8 @@ DEPTH = 8
 
 def calling_scaler() -> torch.amp.GradScaler | None:
     """The GradScaler whose `step` is running; to be asked in a hook that an optimizer calls in its step."""
+    if torch.compiler.is_compiling():
+        return None
     frame: FrameType | None = sys._getframe(1)
     for _ in range(DEPTH):
         if frame is None:

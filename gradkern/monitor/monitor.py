@@ -104,8 +104,8 @@ class Monitor:
         on: what to do about findings: {kind or severity: "log", "clip", "stop", or a function of the
             monitor and the finding}. Warnings and errors are logged by default. Under `torch.distributed` all
             ranks must be given the same: they exchange findings every 20 steps, and all do the same then.
-        clipper: the `gradkern.Clipper` of this model, called by hand or attached. Its statistics are
-            taken, so that gradients are not measured twice.
+        clipper: the `gradkern.Clipper` of this model, called by hand. Its statistics are taken, so that
+            gradients are not measured twice. One that is attached to the optimizer is found without it.
         keep_batch: keep the batch of the last step (itself, no copy of it) and what that step began with, to
             `replay` it. One copy of parameters and buffers on their device, written over at the first forward
             pass of every step; a replay takes another one while it is open.
@@ -261,10 +261,10 @@ class Monitor:
         Args:
             loss: one number.
             stats: what `gradkern.clip_` or a `Clipper` gave for this step; or the norm before clipping, as
-                torch gives it. Without it gradients are measured here, in one read, as they were when the
-                optimizer stepped.
+                torch gives it: what is left of each gradient is scaled back by it. Without it gradients are
+                measured here, in one read, as they were when the optimizer stepped.
             batch: tensors in tuples, lists or mappings, to look at data. A pair is (inputs, targets).
-            scaler: of mixed precision.
+            scaler: of mixed precision; one that calls the optimizer is found without it.
 
         What cannot be used is left out, and said once.
 

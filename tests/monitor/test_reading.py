@@ -313,17 +313,6 @@ def test_of_what_the_optimizer_does_not_hold_no_update_is_recorded() -> None:
     assert monitor.record.scalar("update_norm")[1][-1] == pytest.approx(math.hypot(*moved), rel=1e-5)
 
 
-def test_an_optimizer_of_another_model_moves_nothing() -> None:
-    model = made()
-    optimizer = torch.optim.SGD(made().parameters(), lr=0.1)
-    with Monitor(model, optimizer, weights_every=1) as monitor:
-        for _ in range(3):
-            optimizer.step()
-            monitor.step(1.0)
-    assert len(monitor.record.rows("update_norm")[0]) == 0
-    assert len(monitor.record.rows("weight_norm")[0]) == 3
-
-
 def test_freezing_and_thawing_is_followed() -> None:
     model = nn.Linear(2, 1)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)

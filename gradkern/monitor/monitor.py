@@ -491,7 +491,7 @@ class Monitor:
             what = type(value).__name__ + (f" {list(value.shape)}" if isinstance(value, Tensor) else "")
             self._voice.warn(
                 f"Monitor.step: {argument} must be {_WANTED[argument]}; got {what}. It is left out.",
-                stacklevel=4,
+                stacklevel=5,
             )
 
     def _prepare(self) -> None:
@@ -657,13 +657,13 @@ class Monitor:
                 self._own_updates = self._sampler.after([weight for _, _, weight in self._weights])
 
     def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        # Most steps have nothing to be seen here, and every call counts.
-        if self._observer.is_on and (args[1] if len(args) > 1 else kwargs.get("closure")) is None:
-            self._observer.remove()  # no forward pass comes any more
         self._ran = True
         if self._off:
             return
         try:
+            # Most steps have nothing to be seen here, and every call counts.
+            if self._observer.is_on and (args[1] if len(args) > 1 else kwargs.get("closure")) is None:
+                self._observer.remove()  # no forward pass comes any more
             if len(optimizer._optimizer_step_pre_hooks) != self._hook_count:
                 self._look_for_clipper(optimizer)
             measures = not self._handed and self._stepper is None and self._next % self._every == 0
@@ -1002,10 +1002,11 @@ class Monitor:
         for other in list(_WATCHING):
             if not other._closed and ours & {id(param) for param in other._watched()}:
                 other.close()
-                self._voice.tell(
-                    f"A new Monitor watches the same parameters: the one before it was closed at "
-                    f"step {other._next}."
-                )
+                if other._next > other._first:
+                    self._voice.tell(
+                        "A new Monitor watches the same parameters: the one before it was closed after "
+                        f"step {other._next - 1}."
+                    )
 
     def _watched(self) -> list[Tensor]:
         return self._tracked.params if self._optimizer is None else _stepped_by(self._optimizer)
@@ -1046,12 +1047,11 @@ class Monitor:
             if trace is None
             else f" ({os.path.basename(trace.tb_frame.f_code.co_filename)}:{trace.tb_lineno})"
         )
-        what = f"{type(error).__name__}: {error}{where}"
-        self._failure = f"The monitor failed at step {self._next - 1} and has seen nothing since. {what}"
+        what, step = f"{type(error).__name__}: {error}{where}", max(self._next - 1, self._first)
+        self._failure = f"The monitor failed at step {step} and has seen nothing since. {what}"
         self._voice.warn(
-            f"the monitor failed at step {self._next - 1} and is quiet from now on; training is not "
-            f"affected. {what}",
-            stacklevel=5,
+            f"the monitor failed at step {step} and is quiet from now on; training is not affected. {what}",
+            stacklevel=4,
         )
 
 

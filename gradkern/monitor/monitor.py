@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from gradkern import ops
-from gradkern.clip import measure
+from gradkern.clip import measure, measure_grads
 from gradkern.diagnosis import Diagnosis, Finding, detect, diagnose
 from gradkern.diagnosis.findings import SEVERITIES
 from gradkern.diagnosis.view import View
@@ -28,7 +28,7 @@ from gradkern.monitor import actions, agreement, around
 from gradkern.monitor.actions import Action, ClipThreshold, TrainingStopped
 from gradkern.monitor.exponents import histogram
 from gradkern.monitor.hooks import Observer
-from gradkern.monitor.host import Parcel, is_plain
+from gradkern.monitor.host import Floats, Parcel, is_plain
 from gradkern.monitor.ledger import GRAD_COUNTS, GRAD_ROWS, UPDATE_ROWS, WEIGHT_ROWS, Ledger, Step
 from gradkern.monitor.meta import check_model, clip_of, describe, parameters_of, tensors_in
 from gradkern.monitor.probe import probe_time
@@ -223,7 +223,7 @@ class Monitor:
         self._handed = False
         self._own_stats: GradStats | None = None
         self._own_weights: Tensor | None = None
-        self._own_updates: tuple[Tensor, list[tuple[int, int]]] | None = None
+        self._own_updates: tuple[Tensor, Floats] | None = None
         self._own_exponents: tuple[list[str], Tensor] | None = None
         self._suspect: Tensor | None = None
         self._ran = False  # whether the optimizer was called since the last step
@@ -756,15 +756,15 @@ class Monitor:
         return False
 
     def _measure_weights(self) -> Tensor | None:
-        return ops.measure([weight.detach() for _, _, weight in self._weights])[0] if self._weights else None
+        return measure_grads([weight for _, _, weight in self._weights]).rows if self._weights else None
 
     def _measure_exponents(self) -> tuple[list[str], Tensor] | None:
         halves = [
             (name, param.grad)
             for name, param in self._tracked.items
             if param.grad is not None
-            and is_plain(param.grad)
             and param.grad.dtype in (torch.float16, torch.bfloat16)
+            and is_plain(param.grad)
             and param.grad.numel()
         ]
         if not halves:

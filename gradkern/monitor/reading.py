@@ -8,7 +8,7 @@ import numpy as np
 
 from gradkern.monitor.host import Floats
 from gradkern.monitor.ledger import Ledger, Step
-from gradkern.monitor.updates import norm_and_error
+from gradkern.monitor.updates import norms_and_errors
 
 
 class Reader:
@@ -47,15 +47,11 @@ class Reader:
             scalars["weight_norm"] = math.sqrt(float(values["weights"][:, 0].sum()))
             times["weights"] = values["weights"]
         if "updates" in values:
-            pairs = [
-                norm_and_error(sums[0], sums[1], taken, numel)
-                for sums, (taken, numel) in zip(values["updates"].tolist(), times["sizes"], strict=True)
-            ]
-            times["updates"] = np.array(pairs)
+            pairs = times["updates"] = norms_and_errors(values["updates"], times["sizes"])
             if "moved" in times:  # nobody knows what became of those that the optimizer does not hold
                 times["updates"] = np.full((len(self._ledger.kinds["update_norm"]), 2), np.nan)
                 times["updates"][times["moved"]] = pairs
-            scalars["update_norm"] = math.sqrt(sum(norm**2 for norm, _ in pairs))
+            scalars["update_norm"] = math.hypot(*pairs[:, 0].tolist())
         if "exponents" in values:
             times["exponents"] = values["exponents"]
 

@@ -7,10 +7,12 @@ import zlib
 from collections.abc import Sequence
 from typing import Final
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from gradkern import ops
+from gradkern.clip import measure_grads
+from gradkern.monitor.host import Floats
 
 # Elements that are looked at of one tensor, at most.
 SAMPLE: Final = 65536
@@ -28,8 +30,9 @@ class UpdateSampler:
     """
 
     def __init__(self) -> None:
-        self._key: list[tuple[int, tuple[int, ...]]] = []
+        self._key: list[tuple[str, torch.Size]] = []
         self._places: list[tuple[int, int, int]] = []  # of each tensor: start, distance, elements taken
+        self._sizes: Floats = np.empty((0, 2))
         self._before: list[Tensor] = []
 
     @property
@@ -39,36 +42,33 @@ class UpdateSampler:
 
     def before(self, names: Sequence[str], weights: Sequence[Tensor]) -> None:
         """Copy. `weights` are dense; on any device."""
-        key = [(id(weight), tuple(weight.shape)) for weight in weights]
+        key = [(name, weight.shape) for name, weight in zip(names, weights, strict=True)]
         if key != self._key:
             most = max(min(SAMPLE, COPY_BYTES // (8 * max(len(weights), 1))), 256)
             self._places = [
-                place(name, weight.numel(), weight.shape[-1] if weight.dim() else 1, most)
-                for name, weight in zip(names, weights, strict=True)
+                place(name, math.prod(shape), shape[-1] if shape else 1, most) for name, shape in key
             ]
+            taken = [spot[2] for spot in self._places]
+            self._sizes = np.array([taken, [math.prod(shape) for _, shape in key]], np.float64).T
             self._key = key
         self._before = [
-            _sample(weight, spot).clone() for weight, spot in zip(weights, self._places, strict=True)
+            sample.to(torch.float64 if sample.dtype == torch.float64 else torch.float32, copy=True)
+            for sample in map(_sample, weights, self._places)
         ]
 
-    def after(self, weights: Sequence[Tensor]) -> tuple[Tensor, list[tuple[int, int]]]:
-        """Sums over the sampled elements of each tensor, and how many were sampled of how many.
+    def after(self, weights: Sequence[Tensor]) -> tuple[Tensor, Floats]:
+        """Sums over the sampled elements of each tensor, and how many were sampled of how many, ``[n, 2]``.
 
-        float64 ``[n, 3]``: the sum of squares of the difference, the sum of its fourth powers, and how many
-        of the differences are not finite. Still on the device. The copies are let go.
+        float64 ``[n, 2]``, still on the device: the sum of squares of the difference; and that of its fourth
+        powers, from which the error follows, or 0 if no tensor was sampled. The copies are let go.
         """
-        differences = []
-        for before, weight, spot in zip(self._before, weights, self._places, strict=True):
-            now = _sample(weight, spot)
-            wide = torch.float64 if now.dtype == torch.float64 else torch.float32
-            differences.append(now.to(wide) - before.to(wide))
-        self._before = []
-        rows, _ = ops.measure(differences)
-        squares, _ = ops.measure([difference.double().square_() for difference in differences])
-        sums = torch.stack([rows[:, 0], squares[:, 0], rows[:, 2] + rows[:, 3]], 1)
-        return sums, [
-            (taken, weight.numel()) for (_, _, taken), weight in zip(self._places, weights, strict=True)
-        ]
+        differences, self._before = self._before, []
+        torch._foreach_sub_(differences, list(map(_sample, weights, self._places)))
+        squares = measure_grads(differences).rows[:, 0]
+        fourths = torch.zeros_like(squares)
+        if any(distance > 1 for _, distance, _ in self._places):
+            fourths = measure_grads([difference.double().square_() for difference in differences]).rows[:, 0]
+        return torch.stack([squares, fourths], 1), self._sizes
 
     def forget(self) -> None:
         """Let the copies go: there was no step."""
@@ -94,30 +94,31 @@ def place(name: str, numel: int, columns: int, most: int) -> tuple[int, int, int
     return start, distance, -(-(numel - start) // distance)
 
 
-def norm_and_error(sum_sq: float, sum_4: float, taken: int, numel: int) -> tuple[float, float]:
-    """The norm of all `numel` elements from a sample of `taken`, and its standard error.
+@np.errstate(all="ignore")
+def norms_and_errors(sums: Floats, sizes: Floats) -> Floats:
+    """The norm of each update and its standard error, ``[n, 2]``, from what `UpdateSampler.after` gives.
 
-    >>> from gradkern.monitor.updates import norm_and_error
-    >>> norm_and_error(25.0, 337.0, 2, 2)
-    (5.0, 0.0)
+    >>> from gradkern.monitor.updates import norms_and_errors
+    >>> norms_and_errors(np.array([[25.0, 337.0]]), np.array([[2.0, 2.0]]))
+    array([[5., 0.]])
     """
-    if taken == 0:
-        return 0.0, 0.0
-    norm = math.sqrt(sum_sq * numel / taken)
-    if taken == numel or norm == 0 or taken < 2:
-        return norm, 0.0
-    variance = max(sum_4 / taken - (sum_sq / taken) ** 2, 0.0) * taken / (taken - 1)
-    # Of the estimated sum of squares; the sample is drawn without putting anything back.
-    error = numel * math.sqrt(variance / taken * (1 - taken / numel))
-    return norm, error / (2 * norm)
+    result = np.sqrt(sums)
+    result[:, 1] = 0.0
+    rows = sizes[:, 0] < sizes[:, 1]
+    if rows.any():
+        (sum_sq, sum_4), (taken, numel) = sums[rows].T, sizes[rows].T
+        norms = np.sqrt(sum_sq * numel / taken)
+        variances = np.maximum(sum_4 / taken - (sum_sq / taken) ** 2, 0.0) * taken / np.maximum(taken - 1, 1)
+        # Of the estimated sum of squares; the sample is drawn without putting anything back.
+        errors = numel * np.sqrt(variances / taken * (1 - taken / numel))
+        result[rows] = np.stack([norms, np.where(norms > 0, errors / (2 * norms), 0.0)], 1)
+    return result
 
 
 def _sample(weight: Tensor, spot: tuple[int, int, int]) -> Tensor:
     start, distance, taken = spot
-    flat = weight.detach()
-    if not flat.is_contiguous():
-        # Some other order of dimensions, but one block of memory: any order of elements will do.
-        order = sorted(range(flat.dim()), key=flat.stride, reverse=True)
-        flat = flat.permute(order)
-    flat = flat.reshape(-1)
-    return flat if taken == flat.numel() else flat[start::distance][:taken]
+    if distance == 1:
+        return weight
+    # Some other order of dimensions, but one block of memory: any order of elements will do.
+    order = sorted(range(weight.dim()), key=weight.stride, reverse=True)
+    return weight.permute(order).reshape(-1)[start::distance][:taken]

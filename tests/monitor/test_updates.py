@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from gradkern.monitor import Monitor
-from gradkern.monitor.updates import SAMPLE, UpdateSampler, norm_and_error, place
+from gradkern.monitor.updates import SAMPLE, UpdateSampler, norms_and_errors, place
 
 
 def update(before: torch.Tensor, after: torch.Tensor, name: str = "w") -> tuple[float, float]:
@@ -18,8 +19,8 @@ def update(before: torch.Tensor, after: torch.Tensor, name: str = "w") -> tuple[
     sampler.before([name], [weight])
     weight.copy_(after)
     sums, sizes = sampler.after([weight])
-    row = sums[0].tolist()
-    return norm_and_error(row[0], row[1], *sizes[0])
+    norm, error = norms_and_errors(sums.numpy(), sizes)[0].tolist()
+    return norm, error
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
@@ -55,6 +56,16 @@ def test_no_more_than_the_promised_elements_are_taken() -> None:
         start, distance, taken = place("w", numel, 1, SAMPLE)
         assert taken <= SAMPLE
         assert start + (taken - 1) * distance < numel
+
+
+def test_whole_and_sampled_tensors_are_measured_side_by_side() -> None:
+    names = ["large", "small", "empty"]
+    before = [torch.zeros(10 * SAMPLE), torch.zeros(3, 2), torch.zeros(0)]
+    sampler = UpdateSampler()
+    sampler.before(names, before)
+    found = norms_and_errors(*map(np.asarray, sampler.after([weight + 2 for weight in before])))
+    assert found[:, 0].tolist() == pytest.approx([2 * math.sqrt(10 * SAMPLE), 2 * math.sqrt(6), 0])
+    assert found[:, 1].tolist() == [0, 0, 0]
 
 
 def test_copies_of_many_tensors_stay_within_their_memory() -> None:

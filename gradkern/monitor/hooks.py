@@ -40,28 +40,29 @@ PART: Final = 1 << 20
 FLAT: Final = 0.1
 
 
-# The slope of tanh at output y is 1 - y², that of the sigmoid, as a share of its steepest, 1 - (2y - 1)².
+# These give 1 where an output is in the flat part, else 0. The slope of tanh at output y is 1 - y², that of
+# the sigmoid, as a share of its steepest, 1 - (2y - 1)².
 _STEEP: Final = math.sqrt(1 - FLAT)
 
 
 def _flat_tanh(out: Tensor) -> Tensor:
-    return out.abs() > _STEEP
+    return out.abs().gt_(_STEEP)
 
 
 def _flat_sigmoid(out: Tensor) -> Tensor:
-    return (out - 0.5).abs() > 0.5 * _STEEP
+    return (out - 0.5).abs_().gt_(0.5 * _STEEP)
 
 
 def _flat_softsign(out: Tensor) -> Tensor:
-    return out.abs() > 1 - math.sqrt(FLAT)
+    return out.abs().gt_(1 - math.sqrt(FLAT))
 
 
 def _flat_hardtanh(out: Tensor) -> Tensor:
-    return out.abs() >= 1
+    return out.abs().ge_(1)
 
 
 def _flat_hardsigmoid(out: Tensor) -> Tensor:
-    return (out <= 0) | (out >= 1)
+    return (out <= 0).logical_or_(out >= 1)
 
 
 _SATURATES: Final[dict[type[nn.Module], Callable[[Tensor], Tensor]]] = {
@@ -235,7 +236,7 @@ class Observer:
         if flat is None and isinstance(module, nn.RNN) and module.nonlinearity == "tanh":
             flat = _flat_tanh
         if flat is not None and out.numel():
-            self._parcel.put(f"act_saturated/{path}", torch.count_nonzero(flat(out)) / out.numel())
+            self._parcel.put(f"act_saturated/{path}", flat(out).mean(dtype=torch.float32))
 
     def _look_back(self, path: str, dim: int, grad: Tensor) -> None:
         try:

@@ -93,15 +93,12 @@ class Ledger:
         """Put the waiting steps into the record, and into the file."""
         block, self._block = self._block, []
         self._flushed_at = time.perf_counter()
-        columns: dict[str, tuple[list[int], list[float]]] = {}
-        for step in block:
-            if self._writer is not None:
+        if self._writer is not None:
+            for step in block:
                 self._writer.put_scalars(step.number, step.scalars)
-            for name, value in step.scalars.items():
-                numbers, values = columns.setdefault(name, ([], []))
-                numbers.append(step.number)
-                values.append(value)
-        for name, (numbers, values) in columns.items():
+        for name in dict.fromkeys(name for step in block for name in step.scalars):
+            found = [(step.number, step.scalars[name]) for step in block if name in step.scalars]
+            numbers, values = zip(*found, strict=True)
             self.record.put_scalar_block(name, np.array(numbers), np.array(values, np.float64))
         with_rows = [step for step in block if step.rows is not None]
         if with_rows:
@@ -142,13 +139,12 @@ class Ledger:
         times = step.times
         weights = times.get("weights")
         if weights is not None and len(weights) == len(self.kinds["weight_norm"]):
-            self.put_row("weight_norm", step.number, np.sqrt(weights[:, 0]))
-            for column, kind in ((1, "weight_abs_max"), (2, "weight_nan"), (3, "weight_inf")):
-                self.put_row(kind, step.number, weights[:, column])
+            table = weights[:, :4].T.copy()
+            np.sqrt(table[0], out=table[0])
+            self._put_table(WEIGHT_ROWS, step.number, table)
         updates = times.get("updates")
         if updates is not None and len(updates) == len(self.kinds["update_norm"]):
-            self.put_row("update_norm", step.number, updates[:, 0])
-            self.put_row("update_stderr", step.number, updates[:, 1])
+            self._put_table(UPDATE_ROWS, step.number, updates.T)
         if "exponents" in times:
             self.set_names("exponents", times["exponent_names"])
             for recorder in self._recorders:
@@ -180,6 +176,10 @@ class Ledger:
                 names = sorted({*known, *by_module}, key=lambda name: order.get(name, len(order)))
                 self.set_names(kind, names)
             self.put_row(kind, number, [by_module.get(name, math.nan) for name in self.kinds[kind]])
+
+    def _put_table(self, kinds: Sequence[str], number: int, values: Floats) -> None:
+        for recorder in self._recorders:
+            recorder.put_table(kinds, number, values)
 
     def put_row(self, kind: str, number: int, values: Any) -> None:
         """A row of a kind whose names are set."""

@@ -196,6 +196,8 @@ def _rank(view: View, finding: Finding, alarms: list[Finding]) -> tuple[Rank | N
         return Rank.GROWTH, "optimizer"  # sound at first, it grew under the updates
     if finding.kind == "loss_diverging" and health(view).unbounded:
         return Rank.OBJECTIVE, "optimizer"
+    if finding.kind == "loss_unstable" and not finding.value:
+        return Rank.JUMP, "optimizer"  # thrown away by the first updates
     if finding.kind == "update_spike":
         ratio = finding.evidence["lr_ratio"]
         jumped = isinstance(ratio, float) and ratio >= LR_JUMP

@@ -215,8 +215,8 @@ class View:
         """||update|| / ||weights|| of all weights together, where both are known.
 
         For SGD, where every step's learning rate and gradient norm are known, of every step: its update is
-        their product (with momentum m up to 1 / (1 - m) times that, which is left out), and that of the rate,
-        the weight decay and the weights, at a right angle to it.
+        their product, and that of rate, weight decay and weights, at a right angle to it. Momentum makes up to
+        1 / (1 - m) times of it, which is in those that were measured only.
         """
         return self.kept("total_update_ratios", self._total_update_ratios)
 
@@ -233,8 +233,11 @@ class View:
             if len(lr_steps) and len(grad_steps) > len(steps):
                 decay = float(self.optimizer.get("weight_decay") or 0.0)
                 decayed = decay * series.at(weight_steps, weights, grad_steps) if decay else 0.0
-                updates = np.hypot(norms, decayed) * series.at(lr_steps, lr, grad_steps)
-                steps = grad_steps
+                estimates = np.hypot(norms, decayed) * series.at(lr_steps, lr, grad_steps)
+                # With momentum what was measured is more.
+                _, places, measured = np.intersect1d(grad_steps, steps, return_indices=True)
+                estimates[places] = np.fmax(estimates[places], updates[measured])
+                steps, updates = grad_steps, estimates
         before = series.at(weight_steps, weights, steps)
         with np.errstate(divide="ignore", invalid="ignore"):
             ratios = updates / before

@@ -231,3 +231,9 @@ def test_units_that_died_come_before_the_gradients_that_they_stop() -> None:
     diagnosis = diagnose(record)
     assert diagnosis.cause is not None
     assert (diagnosis.cause.kind, diagnosis.began["step"]) == ("dead_relu", 120)
+
+
+def test_a_loss_that_the_first_updates_threw_away_is_the_optimizers() -> None:
+    losses = [1.4, *[300.0] * 10, *falling(120, start=60.0, end=0.5)]
+    diagnosis = diagnose(record_of(loss=losses, update_norm=[8.0] + [1e-3] * 130, weight_norm=[1.0] * 131))
+    assert diagnosis.category == "optimizer"

@@ -10,7 +10,6 @@ one of them repairs a run as well as undoing the fault does, its category is the
 
 from __future__ import annotations
 
-import copy
 import math
 from itertools import pairwise
 
@@ -369,14 +368,6 @@ def head_rate_of_ten(fault: bool = True) -> Setup:
     ]
     optimizer = torch.optim.SGD(groups, lr=0.01, momentum=0.9)
     return Setup(model, optimizer, sampler(*blobs(spread=2.5), 32), cross_entropy)
-
-
-@case("optimizer", must=STANDSTILL)
-def optimizer_of_a_copy(fault: bool = True) -> Setup:
-    """The optimizer holds the parameters of another copy of the model."""
-    model = cnn(norm=True)
-    optimizer = sgd(copy.deepcopy(model) if fault else model, 0.05, 0.9)
-    return Setup(model, optimizer, sampler(*images(), 32), cross_entropy, 150)
 
 
 @case("optimizer", must=STANDSTILL)

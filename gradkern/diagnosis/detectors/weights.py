@@ -33,6 +33,9 @@ RATIO_HIGH: Final = 0.1
 RATIO_HIGH_ALONE: Final = 0.5
 LASTING: Final = 20
 
+# Single losses may be low by chance.
+BEST: Final = 5
+
 # In float32 a millionth of a weight is a few units in the last place: 10,000 such steps move it by 1 %.
 RATIO_LOW: Final = 1e-6
 # With a flat loss, this is slow: 1000 steps move the weights by 1 %.
@@ -61,8 +64,9 @@ EPS_UPDATE: Final = 1e-3
 RATE_FELL: Final = 1e3
 LEFT: Final = 0.1
 
-# An update larger than the weights leaves nothing of them, at whatever step.
+# An update larger than the weights leaves nothing of them, at whatever step, nor do three of 0.3.
 REPLACED: Final = 1.0
+REPLACED_OFTEN: Final = 3
 
 
 def weights_growing(record: Record) -> list[Finding]:
@@ -124,7 +128,7 @@ def update_ratio_high(record: Record) -> list[Finding]:
 
     With a bad loss a tenth of the steps, one step of 0.3, or one on the way to a NaN is enough, of those
     since the loss was at its best. A warning too if half of the first loss is left after 100 steps, and the
-    first step changed most matrices by 0.3, or any step was larger than the weights.
+    first step changed most matrices by 0.3, or any three did, or one step was larger than the weights.
 
     The usual cause is the learning rate. Zero weights, which have no ratio, are left out.
     """
@@ -146,7 +150,8 @@ def update_ratio_high(record: Record) -> list[Finding]:
     worst = float(np.max(ratios))
     share = float(high.mean())
     is_hard = share >= 0.1 or worst >= LARGE_UPDATE or (state.nonfinite is not None and bool(high.any()))
-    is_replaced = state.is_slow and (worst >= REPLACED or _is_overwritten(view))
+    is_often = int((ratios >= LARGE_UPDATE).sum()) >= REPLACED_OFTEN
+    is_replaced = state.is_slow and (worst >= REPLACED or is_often or _is_overwritten(view))
     if not is_lasting and not (state.is_bad and is_hard) and not is_replaced:
         return []
     if not high.any():
@@ -261,12 +266,23 @@ def weights_shrinking(record: Record) -> list[Finding]:
 
 
 def _since_best(view: View, ratios: Floats, steps: Steps) -> tuple[Floats, Steps]:
-    """Those since the lowest loss, if that was half of the first or less; else all."""
+    """Those since the lowest loss, by the median of five, if that was half of the first; else all.
+
+    All too if the loss was in trouble before: then it was low between two excursions.
+    """
     loss_steps, losses = view.scalar("loss")
     known = np.isfinite(losses)
-    if not known.any() or not losses[known].min() <= RECOVERED * losses[known][0]:
+    losses, loss_steps = losses[known], loss_steps[known]
+    if len(losses) < BEST:
         return ratios, steps
-    best = int(loss_steps[known][int(np.argmin(losses[known]))])
+    levels = np.median(np.lib.stride_tricks.sliding_window_view(losses, BEST), axis=1)
+    lowest = int(np.argmin(levels))
+    if not levels[lowest] <= RECOVERED * losses[0]:
+        return ratios, steps
+    best = int(loss_steps[lowest + BEST // 2])
+    trouble = health(view).trouble
+    if trouble is not None and trouble < best:
+        return ratios, steps
     kept = steps >= min(best, int(steps[-1]))  # of rows at a cadence the last one
     return ratios[kept], steps[kept]
 

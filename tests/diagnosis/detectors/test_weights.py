@@ -212,3 +212,23 @@ def test_an_eps_far_above_the_first_gradients_is_why_updates_are_small(eps: floa
     meta = {**ONE, "optimizer": {"type": "Adam", "eps": eps}}
     record = record_of(loss=falling(120), grad_clipped_norm=[0.01] * 120, rows=small(1e-5), meta=meta)
     assert len([finding for finding in update_ratio_low(record) if "eps" in finding.evidence]) == found
+
+
+def test_a_loss_that_is_low_between_two_excursions_excuses_no_update() -> None:
+    losses = [1.6, *[12.0] * 20, *[0.5] * 10, *[12.0, 5.0, 0.6, 6.0] * 20]
+    record = record_of(loss=losses, update_norm=[2.0] * 20 + [0.05] * 91, weight_norm=[1.0] * 111)
+    assert only(update_ratio_high(record)).step == 0
+
+
+@pytest.mark.parametrize(("count", "found"), [(3, 1), (2, 0)])
+def test_three_updates_of_a_third_are_a_warning_in_a_run_that_is_slow(count: int, found: int) -> None:
+    updates = [0.4 if step in (20, 30, 40)[:count] else 1e-3 for step in range(130)]
+    record = record_of(loss=falling(130, start=2.0, end=1.6), update_norm=updates, weight_norm=[1.0] * 130)
+    assert len(update_ratio_high(record)) == found
+
+
+def test_a_measured_update_of_momentum_goes_before_its_estimate() -> None:
+    meta = {"optimizer": {"type": "SGD"}}
+    record = record_of(loss=flat(130), lr=[0.1] * 130, grad_finite_norm=[0.3] * 130, meta=meta)
+    record.put_scalars(0, {"weight_norm": 1.0, "update_norm": 0.9})
+    assert only(update_ratio_high(record)).evidence["largest"] == pytest.approx(0.9)

@@ -49,6 +49,9 @@ SLOW: Final = frozenset({
 })  # fmt: skip
 CADENCE: Final = 50
 
+# The step since which a loss goes up is known to within some steps.
+ABOUT: Final = 5
+
 # After a NaN every ReLU is dead, every gradient gone, and every weight "grows": nothing of it is news.
 EMPTY_AFTER_NAN: Final = frozenset({
     "dead_relu", "saturated_activation", "zero_gradient", "update_ratio_low", "weights_growing",
@@ -149,7 +152,7 @@ def diagnose(record: Record) -> Diagnosis:
     if cause is None:
         consequences, others = rest, infos
     else:
-        earliest = cause.step - (CADENCE if cause.kind in SLOW else 0)
+        earliest = cause.step - (CADENCE if cause.kind in SLOW else ABOUT)
         consequences = [
             f
             for f in rest
@@ -228,7 +231,7 @@ def _is_late(view: View, finding: Finding, alarms: list[Finding]) -> bool:
         for f in alarms
         if f.kind != "weights_growing" and (f.kind not in CATEGORIES or _is_training(view, f))
     ]
-    slack = CADENCE if finding.kind in SLOW or _is_training(view, finding) else 0
+    slack = CADENCE if finding.kind in SLOW or _is_training(view, finding) else ABOUT
     return finding.step > min(signs, default=math.inf) + slack
 
 

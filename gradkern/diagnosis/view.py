@@ -215,8 +215,8 @@ class View:
         """||update|| / ||weights|| of all weights together, where both are known.
 
         For SGD, where every step's learning rate and gradient norm are known, of every step: its update is
-        their product, and that of rate, weight decay and weights, at a right angle to it. Momentum makes up to
-        1 / (1 - m) times of it, which is in those that were measured only.
+        their product, and that of rate, weight decay and weights, at a right angle to it. Momentum, which
+        makes up to 1 / (1 - m) times of it, is in those that were measured only.
         """
         return self.kept("total_update_ratios", self._total_update_ratios)
 

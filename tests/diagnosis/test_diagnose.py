@@ -237,3 +237,12 @@ def test_a_loss_that_the_first_updates_threw_away_is_the_optimizers() -> None:
     losses = [1.4, *[300.0] * 10, *falling(120, start=60.0, end=0.5)]
     diagnosis = diagnose(record_of(loss=losses, update_norm=[8.0] + [1e-3] * 130, weight_norm=[1.0] * 131))
     assert diagnosis.category == "optimizer"
+
+
+def test_a_loss_that_seems_to_go_up_some_steps_before_a_bad_batch_does_so_because_of_it() -> None:
+    losses = [*falling(58), 0.4, 0.4, *[300.0] * 60]
+    batches = [1.0] * 60 + [7e3] + [1.0] * 59
+    diagnosis = diagnose(record_of(loss=losses, target_abs_max=batches, grad_finite_norm=noisy(120)))
+    (diverging,) = [finding for finding in diagnosis.alarms if finding.kind == "loss_diverging"]
+    assert diverging.step < 60
+    assert diagnosis.category == "data"

@@ -25,16 +25,17 @@ AFTER: Final = (12, 60)
 MEMORY: Final = 100
 DECAY: Final = 0.5 ** (1 / MEMORY)
 
-# A run that jumps all the time is looked at so many times in a row, then once in so many steps: no later.
+# A run that jumps all the time is looked at for it so many times in a row, then once in so many steps. What
+# comes between waits for the next regular look.
 BURST: Final = 4
-REST: Final = 1000
+REST: Final = 4096
 
 
 class Schedule:
     """Says when to look: regularly, and at once at what stands out.
 
     What stands out is the first NaN or Inf after a sound step, or more than a multiple of what was largest
-    lately. Looks at it are never left out, but put off where there were many: NaN does not wait for jumps.
+    lately. Where too much does it is left to the regular looks. NaN does not wait for jumps.
 
     Args:
         first: the first step.
@@ -58,7 +59,6 @@ class Schedule:
         self._is_bad = False
         self._recent: dict[str, float] = {}
         self._paid = {"nonfinite": first, "jump": first}  # when the looks so far are paid for, one per `REST`
-        self._wanted: set[str] = set()
 
     def is_due(self, step: int, scalars: Mapping[str, float]) -> bool:
         """Whether to look after `step`, whose numbers these are. To be asked once for every step."""
@@ -66,15 +66,10 @@ class Schedule:
         self.stands_out = what is not None
         if self._every is not None:
             return (step - self._first + 1) % self._every == 0
-        if what is not None:
-            self._wanted.add(what)
-        due = False
-        for wanted in sorted(self._wanted):
-            if self._paid[wanted] <= step + (BURST - 1) * REST:
-                self._paid[wanted] = max(self._paid[wanted], step) + REST
-                self._wanted.discard(wanted)
-                self._extra = sorted({*self._extra, *(step + later for later in AFTER)})
-                due = True
+        due = what is not None and self._paid[what] <= step + (BURST - 1) * REST
+        if due and what is not None:
+            self._paid[what] = max(self._paid[what], step) + REST
+            self._extra = sorted({*self._extra, *(step + later for later in AFTER)})
         while self._extra and self._extra[0] <= step:
             self._extra.pop(0)
             due = True

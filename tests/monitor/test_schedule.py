@@ -50,11 +50,10 @@ def test_a_run_of_nan_is_looked_at_like_any_other() -> None:
     assert len(looks(bad)) <= len(looks(sound)) + 3
 
 
-def test_looks_at_a_run_that_jumps_all_the_time_are_bounded_and_only_put_off() -> None:
+def test_looks_at_a_run_that_jumps_all_the_time_are_bounded() -> None:
     numbers = [{"loss": 10.0 ** (step // 100)} for step in range(20000)]
     usual = looks([{"loss": 1.0}] * 20000)
     assert len(looks(numbers)) <= len(usual) + (1 + len(AFTER)) * (BURST + 20000 // REST)
-    assert looks(numbers[:10001])[-1] + REST >= 10000
 
 
 def test_nan_does_not_wait_where_there_were_many_jumps() -> None:

@@ -548,6 +548,16 @@ def _other(view: View, cause: Finding | None, kinds: dict[str, Finding]) -> list
                 0.95,
             )
         )
+    if left := kinds.get("unstepped_parameter"):
+        found.append(
+            Advice(
+                "Hand them to the optimizer",
+                f"optimizer.add_param_group({{'params': [model.get_parameter({left.names[0]!r})]}})",
+                left.sentence.rstrip("."),
+                "what is meant to stay as it is had better not ask for gradients",
+                0.9,
+            )
+        )
     if zero := kinds.get("zero_gradient"):
         found.append(
             Advice(

@@ -33,6 +33,7 @@ CATEGORIES: Final[dict[str, Category]] = {
     "clip_starvation": "optimizer",
     "weights_shrinking": "optimizer",
     "unused_parameter": "optimizer",
+    "unstepped_parameter": "optimizer",
     "exploding_gradient": "architecture",
     "vanishing_gradient": "architecture",
     "saturated_activation": "architecture",
@@ -205,7 +206,7 @@ def _rank(view: View, finding: Finding, alarms: list[Finding]) -> tuple[Rank | N
         ratio = finding.evidence["lr_ratio"]
         jumped = isinstance(ratio, float) and ratio >= LR_JUMP
         return (Rank.JUMP, "optimizer") if jumped else (None, None)
-    if finding.kind == "unused_parameter":
+    if finding.kind in ("unused_parameter", "unstepped_parameter"):
         return Rank.STALLED, category
     if finding.kind in ("overclipped", "clip_starvation", "weights_shrinking"):
         return (Rank.RATE if explodes else Rank.STALLED), category

@@ -32,6 +32,7 @@ from gradkern.diagnosis.detectors.units import (
     zero_gradient,
 )
 from gradkern.diagnosis.detectors.weights import (
+    unstepped_parameter,
     update_ratio_high,
     update_ratio_low,
     update_rounded_away,
@@ -69,6 +70,7 @@ DETECTORS: Final[dict[str, Callable[[Record], list[Finding]]]] = {
         symmetric_units,
         zero_gradient,
         unused_parameter,
+        unstepped_parameter,
         overclipped,
         clip_starvation,
         fp16_underflow,

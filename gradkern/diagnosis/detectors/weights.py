@@ -13,7 +13,7 @@ from gradkern.diagnosis.findings import Finding
 from gradkern.diagnosis.health import LARGE_UPDATE, RECOVERED, health
 from gradkern.diagnosis.series import Floats
 from gradkern.diagnosis.view import View
-from gradkern.diagnosis.words import number
+from gradkern.diagnosis.words import listed, number
 from gradkern.record.schema import Record, Steps
 
 # Growth: ten times the first weights, to a root mean square of 10. Trained weights stay below 1; embeddings
@@ -58,6 +58,9 @@ SHRUNK: Final = 0.25
 # momentum at a hundredth of the rate. An alarm if what moves is less than usual too.
 EPS_RULES: Final = 100.0
 EPS_UPDATE: Final = 1e-3
+
+# Norms in float64 of weights that are stepped do not agree five times.
+UNSTEPPED_ROWS: Final = 5
 
 # A schedule that has taken the rate down by a factor of 1000 for half of a run ended too soon, unless little
 # of the loss was left.
@@ -173,6 +176,41 @@ def update_ratio_high(record: Record) -> list[Finding]:
             {"median": usual, "largest": worst, "first": float(ratios[high][0]), "share": share, "lr": lr},
             f"Updates reach {number(worst)} times the weights{often} from step {first} on{rate}; a "
             "thousandth is usual.",
+        )
+    ]
+
+
+def unstepped_parameter(record: Record) -> list[Finding]:
+    """Weights that get gradients, that the optimizer does not hold, and that nothing else changes either.
+
+    Their norm is the same to the last digit in five measurements or more. Information: whoever trains only
+    the head of a network does the same; a warning if half of the first loss is left after 100 steps.
+    """
+    view = View.of(record)
+    steps, updates = view.rows("update_norm")
+    _, weights = view.rows("weight_norm")
+    _, grads = view.rows("grad_norm")
+    names, known = view.names("update_norm"), view.names("grad_norm")
+    if len(steps) < UNSTEPPED_ROWS or len(weights) < UNSTEPPED_ROWS or names != view.names("weight_norm"):
+        return []
+    held = np.isfinite(updates).any(axis=0)
+    changed: Floats = np.ptp(weights, axis=0)
+    columns = [
+        c for c in view.matrices("update_norm") if changed[c] == 0 and not held[c] and names[c] in known
+    ]
+    left = [names[c] for c in columns if np.nan_to_num(grads[:, known.index(names[c])]).any()]
+    if not left or not held.any():
+        return []
+    return [
+        Finding(
+            "unstepped_parameter",
+            "warning" if health(view).is_slow else "info",
+            int(steps[0]),
+            tuple(left[:5]),
+            float(len(left)),
+            0.0,
+            {"parameters": float(len(left))},
+            f"Gradients come to {listed(left)}, which the optimizer does not hold.",
         )
     ]
 

@@ -13,6 +13,7 @@ from tests.diagnosis.synthetic import falling, flat, only, parameter, record_of
 weights_growing = DETECTORS["weights_growing"]
 update_ratio_high = DETECTORS["update_ratio_high"]
 update_ratio_low = DETECTORS["update_ratio_low"]
+unstepped_parameter = DETECTORS["unstepped_parameter"]
 update_rounded_away = DETECTORS["update_rounded_away"]
 weights_shrinking = DETECTORS["weights_shrinking"]
 
@@ -232,3 +233,28 @@ def test_a_measured_update_of_momentum_goes_before_its_estimate() -> None:
     record = record_of(loss=flat(130), lr=[0.1] * 130, grad_finite_norm=[0.3] * 130, meta=meta)
     record.put_scalars(0, {"weight_norm": 1.0, "update_norm": 0.9})
     assert only(update_ratio_high(record)).evidence["largest"] == pytest.approx(0.9)
+
+
+def left_out(loss: list[float], *, norms: list[float] | None = None) -> list[Finding]:
+    """Two matrices with gradients, of which the optimizer holds the second."""
+    steps = len(loss) // 10
+    rows = {
+        "update_norm": {"w": [math.nan] * steps, "v": [1e-3] * steps},
+        "weight_norm": {"w": norms or [1.5] * steps, "v": [1.0 + 0.1 * place for place in range(steps)]},
+        "grad_norm": {"w": [0.2] * steps, "v": [0.2] * steps},
+    }
+    meta = {"parameters": [parameter("w"), parameter("v")]}
+    return unstepped_parameter(record_of(loss=loss, rows=rows, every=10, meta=meta))
+
+
+def test_weights_with_gradients_that_no_optimizer_holds_are_a_warning_in_a_run_that_is_slow() -> None:
+    finding = only(left_out(flat(130)))
+    assert (finding.severity, finding.names) == ("warning", ("w",))
+
+
+def test_training_the_head_alone_is_information() -> None:
+    assert only(left_out(falling(130))).severity == "info"
+
+
+def test_weights_that_another_optimizer_steps_are_not_left_out() -> None:
+    assert left_out(flat(130), norms=[1.5 + 1e-6 * place for place in range(13)]) == []

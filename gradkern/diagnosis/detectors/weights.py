@@ -193,7 +193,7 @@ def unstepped_parameter(record: Record) -> list[Finding]:
     names, known = view.names("update_norm"), view.names("grad_norm")
     if len(steps) < UNSTEPPED_ROWS or len(weights) < UNSTEPPED_ROWS or names != view.names("weight_norm"):
         return []
-    held = np.isfinite(updates).any(axis=0)
+    held = np.count_nonzero(np.isfinite(updates), axis=0)
     changed: Floats = np.ptp(weights, axis=0)
     columns = [
         c for c in view.matrices("update_norm") if changed[c] == 0 and not held[c] and names[c] in known

@@ -49,8 +49,8 @@ if TYPE_CHECKING:
 Loss: TypeAlias = Tensor | float
 Batch: TypeAlias = Any
 
-# The history in memory: 17 scalars of 16 bytes, 15 kinds of rows, each with as much again to grow into. All
-# of it is looked at each time, in 20 to 40 ms. Half is the recent past, more than between two looks.
+# The history in memory: 17 scalars of 16 bytes a step, 15 kinds of rows. All of it is looked at each time, in
+# 20 to 40 ms. Half is the recent past, more than between two looks.
 MAX_STEPS: Final = 3 << 11
 MAX_ROW_BYTES: Final = 3 << 19
 

@@ -37,6 +37,11 @@ class Parcel:
         self._ready[name] = values
 
     @property
+    def is_away(self) -> bool:
+        """Whether anything comes from a device."""
+        return bool(self._sent)
+
+    @property
     def is_there(self) -> bool:
         """Whether `open` does not have to wait. Asks the device, without waiting for it."""
         return all(event is None or event.query() for _, _, event in self._sent)

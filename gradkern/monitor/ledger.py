@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 import numpy as np
+from torch import Tensor
 
 from gradkern.monitor.hooks import ACT_KINDS, GRAD_KINDS, unit_numbers
 from gradkern.monitor.host import Floats, Parcel
@@ -27,16 +28,21 @@ UPDATE_ROWS: Final = ("update_norm", "update_stderr")
 class Step:
     """What is known of a step, on its way to the record."""
 
-    __slots__ = ("coef", "columns", "number", "parcel", "rows", "scalars", "times", "total")
+    parcel: Parcel | None = None
+    measured: Tensor | None = None  # rows on the host that nobody has looked at yet
+    rows: Floats | None = None
+    total: Sequence[float] | None = None
+    columns: list[int] | None = None  # where the rows belong, None for all in order
+    ran: bool | None = None  # whether the optimizer was called, None if nobody knows
+    # How gradients on the host were clipped; and their norm before that, where somebody else has done it.
+    coef: float | None = None
+    bound: float = math.inf
+    propagates = False
+    norm_before: float | None = None
 
     def __init__(self, number: int) -> None:
         self.number = number
         self.scalars: dict[str, float] = {}
-        self.parcel: Parcel | None = None
-        self.rows: Floats | None = None
-        self.total: Sequence[float] | None = None
-        self.coef: float | None = None
-        self.columns: list[int] | None = None  # where the rows belong, None for all in order
         self.times: dict[str, Any] = {}
 
     @property
@@ -78,10 +84,10 @@ class Ledger:
         """Keep a step until the next `flush`."""
         self._block.append(step)
 
-    @property
-    def is_due(self) -> bool:
-        """Whether it is time to flush."""
-        return len(self._block) >= BLOCK or time.perf_counter() - self._flushed_at > BLOCK_SECONDS
+    def is_due(self, coming: int) -> bool:
+        """Whether it is time to flush what is here, and as many steps that are `coming`."""
+        waiting = len(self._block) + coming
+        return waiting >= BLOCK or time.perf_counter() - self._flushed_at > BLOCK_SECONDS
 
     def set_parameters(self, names: Sequence[str], numels: Sequence[int]) -> None:
         """The parameters from now on. To be flushed before."""
@@ -151,7 +157,7 @@ class Ledger:
                 recorder.put_exponents(step.number, times["exponents"])
         if "activations" in times:
             # The scale is not known before the first step that its GradScaler does not skip.
-            unknown = math.nan if step.scalars.get("skipped") and times.get("ran") is False else 1.0
+            unknown = math.nan if step.scalars.get("skipped") and step.ran is False else 1.0
             scale = step.scalars.get("loss_scale", unknown)
             self._put_activations(step.number, times["activations"].open(), scale)
 

@@ -32,7 +32,7 @@ from gradkern.monitor.host import Floats, Parcel, is_plain
 from gradkern.monitor.ledger import GRAD_COUNTS, GRAD_ROWS, UPDATE_ROWS, WEIGHT_ROWS, Ledger, Step
 from gradkern.monitor.meta import check_model, clip_of, describe, parameters_of, tensors_in
 from gradkern.monitor.probe import probe_time
-from gradkern.monitor.reading import Reader
+from gradkern.monitor.reading import Reader, norm_of
 from gradkern.monitor.replay import Replay
 from gradkern.monitor.schedule import LAG, Schedule
 from gradkern.monitor.sinks import Outlet, Sink
@@ -209,6 +209,7 @@ class Monitor:
 
         self._pending: deque[Step] = deque()  # those of which no verdict was taken
         self._unread: deque[Step] = deque()  # those whose numbers were not read
+        self._is_away = False  # whether numbers come from a device
         self._last_time = time.perf_counter()
         self._agrees = bool(self._on.keys()) and agreement.is_needed()
         self._schedule = Schedule(self._first, agreement.EVERY if self._agrees else None)
@@ -421,8 +422,7 @@ class Monitor:
         was_off = self._off
         try:
             if not was_off:
-                with torch.no_grad():
-                    self._take(loss, stats, batch, scaler)
+                self._take(loss, stats, batch, scaler)
         except TrainingStopped:
             raise
         except Exception as error:
@@ -441,9 +441,7 @@ class Monitor:
         number = self._next
         self._next += 1
         step = Step(number)
-        if self._tracked.refresh():
-            self._describe(self._optimizer)
-        elif self._is_weights_step(number):
+        if self._is_weights_step(number) and not self._refresh():
             self._follow_freezing()
         now = time.perf_counter()
         if number > self._first:
@@ -470,13 +468,14 @@ class Monitor:
                 self._take_batch(step, batch)
         except Exception:
             self._leave_out("batch", batch)
-        if self._optimizer is None:
-            self._without_optimizer(number)
+        if self._optimizer is None and self._is_weights_step(number):
+            self._without_optimizer()
         self._take_extras(step)
         if self._observer.is_on:
             self._take_activations(step)
         if step.parcel is not None:
             step.parcel.send()
+            self._is_away = self._is_away or step.parcel.is_away
         if self._replay is not None:
             self._replay.end(batch)
         self._prepare()
@@ -499,8 +498,9 @@ class Monitor:
         if self._activations_every and self._next % self._activations_every == 0:
             self._observer.add()
         if self._optimizer is None and self._is_weights_step(self._next):
-            self._own_weights = self._measure_weights()
-            self._sampler.before([name for _, name, _ in self._weights], [w for _, _, w in self._weights])
+            with torch.no_grad():
+                self._own_weights = self._measure_weights()
+                self._sampler.before([name for _, name, _ in self._weights], [w for _, _, w in self._weights])
 
     def _is_weights_step(self, number: int) -> bool:
         return number % self._weights_every == 0
@@ -514,7 +514,7 @@ class Monitor:
         if isinstance(loss, Tensor):
             if loss.numel() != 1:
                 raise ValueError(f"loss must be one number, got {list(loss.shape)}")
-            if loss.device.type == "cpu":
+            if loss.is_cpu:
                 step.scalars["loss"] = float(loss.item())
             else:
                 self._parcel(step).put("loss", loss)
@@ -524,12 +524,17 @@ class Monitor:
     def _take_rate(self, step: Step) -> None:
         if self._optimizer is None:
             return
-        rates = [lr for group in self._optimizer.param_groups if (lr := group.get("lr")) is not None]
-        on_host = [float(r) for r in rates if not isinstance(r, Tensor) or r.device.type == "cpu"]
+        on_host, away = [], []
+        for group in self._optimizer.param_groups:
+            rate = group.get("lr")
+            if isinstance(rate, Tensor) and not rate.is_cpu:
+                away.append(rate.reshape(()))
+            elif rate is not None:
+                on_host.append(float(rate))
         if on_host:
             step.scalars["lr"] = max(on_host)
-        elif rates:
-            self._parcel(step).put("lr", torch.stack([rate.reshape(()) for rate in rates]).amax())
+        elif away:
+            self._parcel(step).put("lr", torch.stack(away).amax())
 
     def _take_stats(self, step: Step, stats: GradStats | Tensor | float | None) -> None:
         own, self._own_stats = self._own_stats, None
@@ -542,20 +547,24 @@ class Monitor:
         if isinstance(stats, GradStats):
             found = stats
         else:
-            found = own if own is not None else measure(self._tracked.items)
-            if isinstance(stats, Tensor):
+            if own is None:
+                self._refresh()
+                with torch.no_grad():
+                    own = measure(self._tracked.items)
+            found = own
+            if isinstance(stats, Tensor) and not stats.is_cpu:
                 self._parcel(step).put("norm_before", stats.reshape(()))
             elif stats is not None:
-                step.times["norm_before"] = float(stats)
+                step.norm_before = float(stats.item() if isinstance(stats, Tensor) else stats)
         step.columns = self._columns(found)
         coef = found._coef
         is_simple = coef is None or coef.dim() == 0
-        if found.rows.device.type == "cpu" and is_simple and not isinstance(found._clip_value, Tensor):
-            step.rows = found.rows.numpy()
-            step.total = found.data.tolist()
+        if found.rows.is_cpu and is_simple and not isinstance(found._clip_value, Tensor):
+            step.measured, step.total = found.rows, found.data.tolist()
             self._is_alert = not step.total[0] < ALERT
             step.coef = 1.0 if coef is None else coef.item()
-            step.times["word"], step.times["bound"] = found._nonfinite, found._clip_value
+            step.bound, step.propagates = found._clip_value, found._nonfinite == "propagate"
+            step.scalars["grad_norm"] = norm_of(step.total) if step.norm_before is None else step.norm_before
             return
         parcel = self._parcel(step)
         parcel.put("rows", found.rows)
@@ -593,15 +602,17 @@ class Monitor:
         ran, self._ran = self._ran, False
         if self._optimizer is None or not getattr(type(self._optimizer).step, "hooked", False):
             return
-        step.times["ran"] = ran
+        step.ran = ran
         is_bad = step.total is not None and step.total[2] + step.total[3] > 0
         is_sound = not is_bad and math.isfinite(step.scalars.get("loss", 0.0))
         if is_sound or self._reader.origin_known or self._suspect is not None:
             return
         tally = None if self._stepper is None else self._stepper.tally.counts
-        if not ran or (tally is not None and tally.device.type == "cpu" and tally[2].item() > 0):
-            self._suspect = self._measure_weights()
+        if not ran or (tally is not None and tally.is_cpu and tally[2].item() > 0):
+            with torch.no_grad():
+                self._suspect = self._measure_weights()
 
+    @torch.no_grad()
     def _take_batch(self, step: Step, batch: Batch) -> None:
         inputs, targets = _split(batch)
         for word, tensors in (("data", inputs), ("target", targets)):
@@ -611,6 +622,9 @@ class Monitor:
             _, total = ops.measure([tensor.detach() for tensor in kept])
             parcel = self._parcel(step)
             parcel.put(word, total)
+            if total.is_cpu:
+                bad = total[2:4].sum().item()
+                step.scalars["data_nonfinite"] = step.scalars.get("data_nonfinite", 0.0) + bad
             if word == "data" and self._is_weights_step(step.number):
                 wide = torch.float32 if total.device.type == "mps" else torch.float64
                 sums = [torch.nansum(t.detach(), dtype=wide).to(total.device) for t in kept]
@@ -649,12 +663,12 @@ class Monitor:
             seen.send()
             step.times["activations"] = seen
 
-    def _without_optimizer(self, number: int) -> None:
+    @torch.no_grad()
+    def _without_optimizer(self) -> None:
         """Updates from one call of `step` to the next, where no optimizer says when it steps."""
-        if self._is_weights_step(number):
-            self._own_exponents = self._measure_exponents()
-            if self._sampler.is_open:
-                self._own_updates = self._sampler.after([weight for _, _, weight in self._weights])
+        self._own_exponents = self._measure_exponents()
+        if self._sampler.is_open:
+            self._own_updates = self._sampler.after([weight for _, _, weight in self._weights])
 
     def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         self._ran = True
@@ -677,8 +691,7 @@ class Monitor:
             self._fail(error)
 
     def _look_before(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        if self._tracked.refresh():
-            self._describe(optimizer)
+        self._refresh()
         closure = args[1] if len(args) > 1 else kwargs.get("closure")
         found_inf = getattr(optimizer, "found_inf", None)
         if isinstance(found_inf, Tensor):
@@ -750,9 +763,12 @@ class Monitor:
             grad = param.grad
             if grad is None:
                 continue
-            if not is_plain(grad) or grad.device.type != "cpu" or grad.numel() == 0:
+            if type(grad) is not Tensor or not grad.is_cpu:
                 return False
-            return not math.isfinite(abs(grad.detach().as_strided((1,), (1,)).item()))
+            try:
+                return not math.isfinite(abs(grad.as_strided((1,), (1,)).item()))
+            except Exception:  # it has no elements, or they cannot be read
+                return False
         return False
 
     def _measure_weights(self) -> Tensor | None:
@@ -771,12 +787,20 @@ class Monitor:
             return None
         return [name for name, _ in halves], torch.stack([histogram(grad) for _, grad in halves])
 
+    def _refresh(self) -> bool:
+        """Look whether parameters came or went. On most steps that takes longer than it is worth."""
+        changed = self._tracked.refresh()
+        if changed:
+            self._describe(self._optimizer)
+        return changed
+
     def _columns(self, stats: GradStats) -> list[int] | None:
         """Where the rows of `stats` belong among the names of the record; None: all, in that order."""
         # Walking all names on every step would cost as much as measuring.
         names = stats._names
         key = (names._labels, names.present, names.ids, len(names))
         if key != self._seen_names:
+            self._refresh()
             columns = self._places(names)
             is_all = columns == list(range(len(self._ledger.names)))
             self._seen_names, self._seen_columns = key, None if is_all else columns
@@ -803,11 +827,16 @@ class Monitor:
     def _settle(self, step_ms: float) -> None:
         """Hand on what is on the host, and take the verdict on the step `LAG` steps ago."""
         step = self._pending.popleft() if len(self._pending) > LAG else None
-        self._read(-1 if step is None else step.number)
+        until = -1 if step is None else step.number
+        # On the CPU many steps at once take less time than one by one; what a verdict rests on is known.
+        waits = not (self._is_away or self._outlet or self._reader.is_scaled is not False)
+        if not waits:
+            self._read(until)
         due = step is not None and self._schedule.is_due(step.number, step.scalars)
         stands_out = step is not None and self._schedule.stands_out and self._writer is not None
         is_slow = self._writer is not None and step_ms > SLOW_MS
-        if due or stands_out or is_slow or self._ledger.is_due:
+        if due or stands_out or is_slow or self._ledger.is_due(len(self._unread) if waits else 0):
+            self._read(until)
             self._ledger.flush()
         if step is None:
             return

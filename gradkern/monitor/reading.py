@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -31,15 +32,18 @@ class Reader:
         for name in ("loss", "lr", "clip_threshold"):
             if name in values:
                 scalars[name] = float(values[name].reshape(-1)[0])
+        if step.measured is not None:
+            step.rows, step.measured = step.measured.numpy(), None
         if "rows" in values:
             step.rows, step.total = values["rows"], values["total"].tolist()
-        is_cleared = step.total is not None and times.get("ran") is False and not any(step.total[:4])
+        is_cleared = step.total is not None and step.ran is False and not any(step.total[:4])
         if is_cleared and self.is_scaled:
             step.rows = step.total = None  # zero_grad() came before what was skipped could be looked at
+            scalars.pop("grad_norm", None)
         if step.columns and max(step.columns) < 0:
             step.rows = None  # of parameters that nobody knows: only the totals mean something
         if step.total is not None:
-            self._read_gradients(step, values)
+            self._read_gradients(step, values, step.total)
         self._read_skip(step, values, is_cleared)
         if "data" in values or "target" in values:
             self._read_batch(step, values)
@@ -62,7 +66,7 @@ class Reader:
         Before that was called for the first time nobody knows who does not call it, and a scaler that begins
         too high is by far the likeliest.
         """
-        scalars, ran = step.scalars, step.times.get("ran")
+        scalars, ran = step.scalars, step.ran
         is_bad = scalars.get("nonfinite_count", 0.0) > 0
         verdicts = []
         if "tally" in values:
@@ -90,16 +94,11 @@ class Reader:
         elif any(verdicts):
             self._ledger.event(step.number, "skip", {})
 
-    def _read_gradients(self, step: Step, values: dict[str, Floats]) -> None:
-        scalars, times, total = step.scalars, step.times, step.total
-        assert total is not None
-        finite = math.sqrt(total[0])
-        norm = math.nan if total[2] > 0 else math.inf if total[3] > 0 else finite
-        scalars["grad_finite_norm"] = finite
+    def _read_gradients(self, step: Step, values: dict[str, Floats], total: Sequence[float]) -> None:
+        scalars = step.scalars
+        finite, norm = math.sqrt(total[0]), norm_of(total)
         scalars["nonfinite_count"] = total[2] + total[3]
-        before = times.get("norm_before")
-        if "norm_before" in values:
-            before = float(values["norm_before"])
+        before = float(values["norm_before"]) if "norm_before" in values else step.norm_before
         if before is not None:
             # Somebody else has clipped, and what was measured is what is left, of all gradients alike.
             if step.rows is not None and before > norm > 0 and math.isfinite(before):
@@ -108,18 +107,17 @@ class Reader:
             scalars["grad_finite_norm"] = before if math.isfinite(before) else finite
             scalars["clip_coef"] = norm / before if before > 0 and math.isfinite(before) else 1.0
             return
-        scalars["grad_norm"] = norm
-        if "clipped_norm" in values:
+        scalars["grad_norm"], scalars["grad_finite_norm"] = norm, finite
+        if step.coef is None:
             coef = values.get("coef")
             scalars["clip_coef"] = 1.0 if coef is None or not coef.size else float(coef.min())
-            clipped = float(values["clipped_norm"])
+            clipped = float(values["clipped_norm"]) if "clipped_norm" in values else norm
         else:
-            coef_host = 1.0 if step.coef is None else step.coef
-            propagates, bound = times.get("word") == "propagate", times.get("bound", math.inf)
-            clipped = (norm if propagates else finite) * coef_host
-            if bound < math.inf and (total[1] * coef_host > bound or (propagates and total[3] > 0)):
+            scalars["clip_coef"] = step.coef
+            clipped = (norm if step.propagates else finite) * step.coef
+            is_cut = total[1] * step.coef > step.bound or (step.propagates and total[3] > 0)
+            if step.bound < math.inf and is_cut:
                 clipped = math.nan
-            scalars["clip_coef"] = coef_host
         if not math.isnan(clipped) or math.isnan(norm):
             scalars["grad_clipped_norm"] = clipped
         if scalars["clip_coef"] < 1 and "clip_threshold" not in scalars and math.isfinite(clipped):
@@ -148,7 +146,7 @@ class Reader:
         bad_data = scalars.get("data_nonfinite", 0.0) > 0
         if not (is_lost or bad_grads or bad_weights or bad_data):
             return
-        if scalars.get("skipped") and not is_lost and (self.is_scaled or step.times.get("ran") is False):
+        if scalars.get("skipped") and not is_lost and (self.is_scaled or step.ran is False):
             return  # a GradScaler at work, or somebody like it: no harm was done
         self.origin_known = True
         where, name = "forward", ""
@@ -193,3 +191,8 @@ class Reader:
             key=lambda name: (order.get(owner.get(name, ""), -1), self._ledger.places[name]),
         )
         return last
+
+
+def norm_of(total: Sequence[float]) -> float:
+    """The norm as torch gives it, of the statistics of all gradients."""
+    return math.nan if total[2] > 0 else math.inf if total[3] > 0 else math.sqrt(total[0])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -10,6 +10,9 @@ import torch
 from torch import Tensor
 
 Floats = npt.NDArray[np.float64]
+
+# Elements of what is kept in lists.
+SMALL: Final = 512
 
 
 class Parcel:
@@ -21,20 +24,18 @@ class Parcel:
 
     def __init__(self) -> None:
         self._ready: dict[str, Floats] = {}
+        self._here: list[tuple[str, Any]] = []
         self._away: dict[torch.device, list[tuple[str, Tensor]]] = {}
         self._sent: list[tuple[list[tuple[str, tuple[int, ...]]], Tensor, Any]] = []
 
     def put(self, name: str, tensor: Tensor) -> None:
         """Add a tensor, by value: it may be overwritten afterwards. Read on the host as float64."""
         tensor = tensor.detach()
-        if tensor.device.type == "cpu":
-            self._ready[name] = tensor.to(torch.float64, copy=True).numpy()
+        if tensor.is_cpu:
+            values = kept(tensor)
+            self._here.append((name, tensor.to(torch.float64, copy=True) if values is tensor else values))
         else:
             self._away.setdefault(tensor.device, []).append((name, tensor))
-
-    def put_host(self, name: str, values: Floats) -> None:
-        """Add what the host knows already."""
-        self._ready[name] = values
 
     @property
     def is_away(self) -> bool:
@@ -62,6 +63,8 @@ class Parcel:
 
     def open(self) -> dict[str, Floats]:
         """The values by name; waits for the copies."""
+        self._ready.update((name, np.asarray(values, np.float64)) for name, values in self._here)
+        self._here = []
         for shapes, copy, event in self._sent:
             if event is not None:
                 event.synchronize()
@@ -72,6 +75,15 @@ class Parcel:
                 begin += size
         self._sent = []
         return self._ready
+
+
+def kept(tensor: Tensor) -> Any:
+    """The values of a tensor on the CPU, to make an array of later: of a small one as lists, else itself.
+
+    Lists are made in less time. And they do not lie among the memory that training takes and gives back in
+    every step: small pieces that stay there for some steps keep the free ones around them apart.
+    """
+    return tensor.tolist() if 0 < tensor.numel() <= SMALL else tensor
 
 
 def is_plain(tensor: Tensor) -> bool:

@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 import numpy as np
-from torch import Tensor
 
 from gradkern.monitor.hooks import ACT_KINDS, GRAD_KINDS, unit_numbers
 from gradkern.monitor.host import Floats, Parcel
@@ -29,7 +28,7 @@ class Step:
     """What is known of a step, on its way to the record."""
 
     parcel: Parcel | None = None
-    measured: Tensor | None = None  # rows on the host that nobody has looked at yet
+    kept: Any = None  # rows on the host that nobody has looked at yet
     rows: Floats | None = None
     total: Sequence[float] | None = None
     columns: list[int] | None = None  # where the rows belong, None for all in order

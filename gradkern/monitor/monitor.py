@@ -28,7 +28,7 @@ from gradkern.monitor import actions, agreement, around
 from gradkern.monitor.actions import Action, ClipThreshold, TrainingStopped
 from gradkern.monitor.exponents import histogram
 from gradkern.monitor.hooks import Observer
-from gradkern.monitor.host import Floats, Parcel, is_plain
+from gradkern.monitor.host import Floats, Parcel, is_plain, kept
 from gradkern.monitor.ledger import GRAD_COUNTS, GRAD_ROWS, UPDATE_ROWS, WEIGHT_ROWS, Ledger, Step
 from gradkern.monitor.meta import check_model, clip_of, describe, parameters_of, tensors_in
 from gradkern.monitor.probe import probe_time
@@ -560,7 +560,7 @@ class Monitor:
         coef = found._coef
         is_simple = coef is None or coef.dim() == 0
         if found.rows.is_cpu and is_simple and not isinstance(found._clip_value, Tensor):
-            step.measured, step.total = found.rows, found.data.tolist()
+            step.kept, step.total = kept(found.rows), found.data.tolist()
             self._is_alert = not step.total[0] < ALERT
             step.coef = 1.0 if coef is None else coef.item()
             step.bound, step.propagates = found._clip_value, found._nonfinite == "propagate"
@@ -778,8 +778,8 @@ class Monitor:
         halves = [
             (name, param.grad)
             for name, param in self._tracked.items
-            if param.grad is not None
-            and param.grad.dtype in (torch.float16, torch.bfloat16)
+            if param.dtype in (torch.float16, torch.bfloat16)
+            and param.grad is not None
             and is_plain(param.grad)
             and param.grad.numel()
         ]

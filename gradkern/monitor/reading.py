@@ -32,8 +32,8 @@ class Reader:
         for name in ("loss", "lr", "clip_threshold"):
             if name in values:
                 scalars[name] = float(values[name].reshape(-1)[0])
-        if step.measured is not None:
-            step.rows, step.measured = step.measured.numpy(), None
+        if step.kept is not None:
+            step.rows, step.kept = np.asarray(step.kept), None
         if "rows" in values:
             step.rows, step.total = values["rows"], values["total"].tolist()
         is_cleared = step.total is not None and step.ran is False and not any(step.total[:4])

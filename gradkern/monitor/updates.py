@@ -33,7 +33,7 @@ class UpdateSampler:
         self._key: list[tuple[str, torch.Size]] = []
         self._places: list[tuple[int, int, int]] = []  # of each tensor: start, distance, elements taken
         self._sizes: Floats = np.empty((0, 2))
-        self._before: list[Tensor] = []
+        self._before: list[Tensor] = []  # negated: that copies all of them in one call
 
     @property
     def is_open(self) -> bool:
@@ -51,24 +51,25 @@ class UpdateSampler:
             taken = [spot[2] for spot in self._places]
             self._sizes = np.array([taken, [math.prod(shape) for _, shape in key]], np.float64).T
             self._key = key
-        self._before = [
-            sample.to(torch.float64 if sample.dtype == torch.float64 else torch.float32, copy=True)
+        samples = [
+            sample.float() if sample.dtype in (torch.float16, torch.bfloat16) else sample
             for sample in map(_sample, weights, self._places)
         ]
+        self._before = list(torch._foreach_neg(samples)) if samples else []
 
     def after(self, weights: Sequence[Tensor]) -> tuple[Tensor, Floats]:
         """Sums over the sampled elements of each tensor, and how many were sampled of how many, ``[n, 2]``.
 
         float64 ``[n, 2]``, still on the device: the sum of squares of the difference; and that of its fourth
-        powers, from which the error follows, or 0 if no tensor was sampled. The copies are let go.
+        powers, from which the error follows, if any tensor was sampled. The copies are let go.
         """
         differences, self._before = self._before, []
-        torch._foreach_sub_(differences, list(map(_sample, weights, self._places)))
-        squares = measure_grads(differences).rows[:, 0]
-        fourths = torch.zeros_like(squares)
+        torch._foreach_add_(differences, list(map(_sample, weights, self._places)))
+        sums = measure_grads(differences).rows[:, :2]
         if any(distance > 1 for _, distance, _ in self._places):
-            fourths = measure_grads([difference.double().square_() for difference in differences]).rows[:, 0]
-        return torch.stack([squares, fourths], 1), self._sizes
+            squares = [difference.double().square_() for difference in differences]
+            sums = torch.stack([sums[:, 0], measure_grads(squares).rows[:, 0]], 1)
+        return sums, self._sizes
 
     def forget(self) -> None:
         """Let the copies go: there was no step."""
